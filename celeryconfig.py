@@ -1,0 +1,77 @@
+"""The only Celery settings of the system; addresses come from `sutazai.settings`.
+
+They follow from one decision: a message is only a notice that a task waits in PostgreSQL. What
+Celery does against the loss of messages is therefore not needed, and is what makes it slow.
+"""
+
+from kombu.entity import Exchange, Queue
+
+from sutazai.settings import settings
+from sutazai.tasks import load
+
+_broker = settings().broker_url or "redis://127.0.0.1:0/"
+_is_redis = not _broker.startswith("amqp")
+_agents = load().agents
+
+broker_url = _broker
+broker_connection_retry_on_startup = True
+# None: for ever. With the default of 100 a worker gives up during a long outage.
+broker_connection_max_retries = None
+broker_transport_options = (
+    {
+        # Rows make acknowledgements unnecessary, and they cost more than everything else on Redis.
+        "ack_emulation": False,
+        "priority_steps": list(range(10)),
+        "queue_order_strategy": "priority",
+        "socket_timeout": 10,
+        "socket_connect_timeout": 5,
+        "socket_keepalive": True,
+        "health_check_interval": 10,
+        "max_retries": 2,
+    }
+    if _is_redis
+    else {"confirm_publish": False}
+)
+
+# One queue an agent, of its own name. A misspelt queue raises instead of being created.
+task_create_missing_queues = False
+task_queues = [
+    Queue(
+        name,
+        Exchange("", type="direct"),
+        routing_key=name,
+        queue_arguments=None if _is_redis else {"x-max-priority": 9},
+    )
+    for name in _agents
+]
+task_default_queue = next(iter(_agents), "celery")
+task_default_exchange = ""
+# A queue of each worker's own, for work that only its host can do.
+worker_direct = True
+
+accept_content = ["json"]
+task_serializer = "json"
+result_serializer = "json"
+enable_utc = True
+timezone = "UTC"
+
+# The lease recovers what a worker leaves behind; re-delivery would only double it.
+task_acks_late = False
+task_reject_on_worker_lost = False
+task_ignore_result = True
+result_backend = "sutazai.celery:TaskRows"
+task_store_errors_even_if_ignored = False
+
+worker_prefetch_multiplier = 4
+# The default of 4 s ends children that start slowly on a busy machine, again and again.
+worker_proc_alive_timeout = 60
+worker_max_tasks_per_child = 10_000
+worker_max_memory_per_child = 1_000_000
+worker_pool_restarts = True
+worker_hijack_root_logger = False
+worker_redirect_stdouts = False
+worker_send_task_events = False
+worker_cancel_long_running_tasks_on_connection_loss = False
+
+beat_scheduler = "sutazai.scheduler:PostgresScheduler"
+beat_max_loop_interval = 5

@@ -1,0 +1,1 @@
+"""SutazAI: agents as a durable, distributed task system. Importing this package does nothing."""

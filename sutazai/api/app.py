@@ -1,0 +1,129 @@
+"""The application of one agent's front."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Match, Route
+from starlette.types import Scope
+
+from sutazai import errors
+from sutazai.agent import Agent
+from sutazai.api import actions, docs, monitoring, process, tasks
+from sutazai.api.answer import error_answer, refusal
+from sutazai.api.front import Front
+from sutazai.api.health import Health
+from sutazai.api.middleware import Entrance
+from sutazai.api.position import Positions
+from sutazai.api.sample import SAMPLER, Sample
+from sutazai.api.waiting import Waiting
+from sutazai.bell import Bell
+from sutazai.errors import MethodNotAllowed, NotFound, SutazaiError
+from sutazai.metrics import FrontMetrics
+
+Endpoint = Callable[[Request], Awaitable[Response]]
+
+ROUTES: tuple[tuple[str, str, Endpoint], ...] = (
+    ("POST", "/process", process.process),
+    ("POST", "/tasks", tasks.create_task),
+    ("GET", "/tasks", tasks.list_tasks),
+    ("GET", "/tasks/{task_id}", tasks.show_task),
+    ("POST", "/tasks/{task_id}/cancel", tasks.cancel_task),
+    ("GET", "/actions", actions.list_actions),
+    ("GET", "/health", monitoring.show_health),
+    ("GET", "/health/live", monitoring.show_live),
+    ("GET", "/health/ready", monitoring.show_ready),
+    ("GET", "/metrics", monitoring.show_metrics),
+    ("GET", "/docs", docs.show_page),
+    ("GET", "/docs/{name}", docs.show_file),
+    ("GET", "/openapi.json", docs.show_openapi),
+)
+"""Every route; docs.py describes them."""
+
+
+def create_app(
+    agent: Agent, *, agents: Mapping[str, Agent], bell: Bell | None, waiting: Waiting
+) -> FastAPI:
+    """Make the front of an agent.
+
+    agents: all declared ones, by name. bell: None accepts too, and the relay rings. waiting: shared
+    by all the fronts of a process.
+    """
+    if agent.default_action:
+        agent.get(agent.default_action)
+    metrics = FrontMetrics(agent.name)
+    app = FastAPI(
+        title=agent.name, openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False
+    )
+    app.state.front = Front(
+        agent=agent,
+        agents=agents,
+        bell=bell,
+        waiting=waiting,
+        metrics=metrics,
+        positions=Positions(),
+        health=Health(agent),
+        sample=Sample() if agent.name == SAMPLER else None,
+    )
+    app.add_middleware(Entrance, metrics=metrics, agent=agent.name)
+    app.add_exception_handler(SutazaiError, _refuse)
+    app.add_exception_handler(HTTPException, _refuse_http)
+    app.router.routes.extend(_routes())
+    document = docs.describe(agent)
+    app.openapi = lambda: document  # type: ignore[method-assign]
+    return app
+
+
+class _Route(Route):
+    """A route that leaves its template for the metrics; its endpoint reads the request itself."""
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        match, child_scope = super().matches(scope)
+        if match is not Match.NONE:
+            child_scope["route"] = self
+        return match, child_scope
+
+
+def _routes() -> list[_Route]:
+    """Return one route a path, so that a wrong method is 405 and names the right ones."""
+    paths: dict[str, dict[str, Endpoint]] = {}
+    for method, path, endpoint in ROUTES:
+        paths.setdefault(path, {})[method] = endpoint
+    return [
+        _Route(path, _by_method(endpoints), methods=[*endpoints])
+        for path, endpoints in paths.items()
+    ]
+
+
+def _by_method(endpoints: Mapping[str, Endpoint]) -> Endpoint:
+    async def answer(request: Request) -> Response:
+        method = "GET" if request.method == "HEAD" else request.method
+        return await endpoints[method](request)
+
+    return answer
+
+
+async def _refuse(_: Request, error: Exception) -> Response:
+    assert isinstance(error, SutazaiError)  # noqa: S101 - registered for this class
+    return refusal(error)
+
+
+async def _refuse_http(request: Request, error: Exception) -> Response:
+    """Answer what Starlette refuses: unknown addresses and wrong methods."""
+    assert isinstance(error, HTTPException)  # noqa: S101 - registered for this class
+    if error.status_code == 404:
+        return refusal(NotFound(f"There is nothing at {request.url.path}; see /docs."))
+    if error.status_code == 405:
+        allowed = (error.headers or {}).get("Allow", "")
+        return error_answer(
+            405,
+            MethodNotAllowed.code,
+            f"{request.method} is not allowed here; allowed: {allowed}.",
+            headers=error.headers,
+        )
+    code = "request_timeout" if error.status_code == 408 else errors.SutazaiError.code
+    return error_answer(error.status_code, code, error.detail, headers=error.headers)

@@ -1,0 +1,128 @@
+"""Reading what a client sends: a JSON object of bounded size, within a bounded time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from email.message import Message
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+
+from sutazai import payload
+from sutazai.errors import InvalidInput, MalformedJSON, PayloadTooLarge, UnsupportedMediaType
+
+MAX_BODY_BYTES = 1 << 20
+
+READ_WITHIN_S = 10.0
+"""A client that needs longer to send its body is told so, and loses the connection."""
+
+M = TypeVar("M", bound=BaseModel)
+
+
+async def read_object(request: Request) -> dict[str, Any]:
+    """Return the JSON object of a request's body.
+
+    Raises `UnsupportedMediaType`, `PayloadTooLarge`, `MalformedJSON` and `InvalidInput`.
+    """
+    content_type = request.headers.get("content-type")
+    if content_type is not None:
+        _check_content_type(content_type)
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise UnsupportedMediaType("Send the body without Content-Encoding.")
+    raw = await _read(request)
+    if content_type is None:
+        if not raw:
+            raise MalformedJSON("The body is empty; send a JSON object.")
+        raise UnsupportedMediaType("Send the header Content-Type: application/json.")
+    body = payload.loads(raw)
+    if not isinstance(body, dict):
+        raise InvalidInput("The body must be a JSON object, as {…}.")
+    return body
+
+
+async def _read(request: Request) -> bytes:
+    announced = request.headers.get("content-length", "")
+    if announced.isdecimal() and int(announced[:20]) > MAX_BODY_BYTES:
+        raise _too_large()
+    chunks: list[bytes] = []
+    size = 0
+    try:
+        async with asyncio.timeout(READ_WITHIN_S):
+            async for chunk in request.stream():
+                size += len(chunk)
+                if size > MAX_BODY_BYTES:
+                    raise _too_large()
+                chunks.append(chunk)
+    except TimeoutError:
+        raise HTTPException(
+            408, f"The body did not arrive within {READ_WITHIN_S:g} s.", {"Connection": "close"}
+        ) from None
+    return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+
+def _too_large() -> PayloadTooLarge:
+    return PayloadTooLarge(f"The body is larger than {MAX_BODY_BYTES} bytes.")
+
+
+def _check_content_type(text: str) -> None:
+    if text == "application/json":
+        return
+    message = Message()
+    message["content-type"] = text
+    kind = message.get_content_type()
+    charset = str(message.get_param("charset", "utf-8")).lower()
+    if not (kind == "application/json" or kind.endswith("+json")):
+        raise UnsupportedMediaType(
+            "The body is not declared as JSON; send Content-Type: application/json."
+        )
+    if charset not in ("utf-8", "utf8"):
+        raise UnsupportedMediaType("The body must be UTF-8; leave the charset out or say utf-8.")
+
+
+def require_text(body: dict[str, Any], field: str, message: str) -> str:
+    """Return a field that must be there and be text; raises `InvalidInput` that names it."""
+    value = body.get(field)
+    if isinstance(value, str):
+        return value
+    problem = "It is required." if field not in body else "It must be a string."
+    raise InvalidInput(message, details=[{"field": field, "message": problem}])
+
+
+def parse_options(model: type[M], options: Any, prefix: str) -> M:
+    """Validate an object strictly; raises `InvalidInput` that names every field at fault."""
+    try:
+        return model.model_validate_json(payload.dumps(options), strict=True)
+    except ValidationError as error:
+        raise refuse(error.errors(include_url=False, include_input=False), prefix) from None
+
+
+def parse_query(model: type[M], request: Request) -> M:
+    """Validate the query of a request; raises `InvalidInput` that names every field at fault."""
+    query = request.query_params
+    many = {name for name, info in model.model_fields.items() if _is_list(info.annotation)}
+    values = {name: query.getlist(name) if name in many else query[name] for name in query}
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise refuse(error.errors(include_url=False, include_input=False), "") from None
+
+
+def _is_list(annotation: Any) -> bool:
+    return getattr(annotation, "__origin__", None) is list
+
+
+def refuse(faults: Sequence[Any], prefix: str) -> InvalidInput:
+    """Return the error for pydantic's list of faults, each named by its field."""
+    details = [
+        {
+            "field": ".".join([prefix] * bool(prefix) + [str(part) for part in fault["loc"]]),
+            "message": fault["msg"],
+        }
+        for fault in faults
+    ]
+    first = details[0]
+    more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
+    return InvalidInput(f"{first['field']}: {first['message']}{more}", details=details)

@@ -1,0 +1,111 @@
+"""`POST /process`: one action, named in a flat body, answered with its result."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.requests import Request
+from starlette.responses import Response
+
+from sutazai import errors
+from sutazai.api.acceptance import accept, accepted, find, refuse_key
+from sutazai.api.answer import error_answer, json_answer
+from sutazai.api.body import parse_query, read_object, require_text
+from sutazai.api.front import Front, front_of
+from sutazai.api.prefer import Preference, read_preference
+from sutazai.errors import DatabaseUnavailable, InvalidInput
+from sutazai.state import State
+from sutazai.submission import DEFAULT_PRIORITY, Options, Submission
+
+if TYPE_CHECKING:
+    from sqlalchemy import Row
+
+
+class ProcessQuery(BaseModel):
+    """How the task is to be handled, beside the body, which is all the action's."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    priority: int = Field(
+        default=DEFAULT_PRIORITY, ge=0, le=9, description="0 to 9; 9 is the most urgent."
+    )
+    deadline_s: float | None = Field(
+        default=None,
+        gt=0,
+        le=31_536_000,
+        allow_inf_nan=False,
+        description="Seconds after which the task, if it still is queued, fails.",
+    )
+    max_attempts: int | None = Field(
+        default=None, ge=1, le=100, description="Failures allowed; default: the action's."
+    )
+
+    @property
+    def options(self) -> Options:
+        """The same as options of a task; the deadline is the database's to compute."""
+        return Options(priority=self.priority, max_attempts=self.max_attempts)
+
+
+async def process(request: Request) -> Response:
+    """Perform an action and answer with its result, or with 202 when that takes too long."""
+    front = front_of(request)
+    refuse_key(request)
+    query = parse_query(ProcessQuery, request) if request.url.query else ProcessQuery()
+    submission = _submission(front, await read_object(request), query)
+    preference = read_preference(request.headers.getlist("prefer"))
+    if not preference.wait_s:
+        await accept(front, submission)
+        return await accepted(front, submission, headers=preference.headers)
+    return await _wait(front, submission, preference)
+
+
+def _submission(front: Front, body: dict[str, Any], query: ProcessQuery) -> Submission:
+    agent = front.agent
+    if "request_id" in body:
+        raise InvalidInput(
+            "request_id is reserved for idempotency, which is not supported yet; leave it out.",
+            details=[{"field": "request_id", "message": "It is not supported yet."}],
+        )
+    if "action" not in body and agent.default_action:
+        name = agent.default_action
+    else:
+        known = ", ".join(sorted(agent.actions))
+        name = require_text(
+            body, "action", f"Name the action in the field action; one of: {known}."
+        )
+    action = agent.get(name)
+    params = {field: value for field, value in body.items() if field != "action"}
+    return Submission(action, params, query.options, deadline_in_s=query.deadline_s)
+
+
+async def _wait(front: Front, submission: Submission, preference: Preference) -> Response:
+    with front.waiting.watch(submission.task_id) as ended:
+        await accept(front, submission)
+        await front.waiting.until(ended, preference.wait_s)
+    try:
+        row = await find(submission.task_id)
+    except DatabaseUnavailable:
+        # It was accepted: an error without its id would make the client send it again.
+        row = None
+    if row is None or not State(row.state).is_terminal:
+        state = State.QUEUED if row is None else State(row.state)
+        return await accepted(front, submission, state, preference.headers)
+    return _outcome(row, preference.headers)
+
+
+def _outcome(row: Row[Any], headers: dict[str, str]) -> Response:
+    task_id = str(row.task_id)
+    if row.state == State.SUCCEEDED:
+        head = {"status": "success", "task_id": task_id, "action": row.action}
+        return json_answer({**head, **(row.result or {})}, headers=headers)
+    failure = row.error or {}
+    code = failure.get("code", errors.TaskFailed.code)
+    return error_answer(
+        errors.by_code(code).status,
+        code,
+        failure.get("message", "The task failed."),
+        task_id=task_id,
+        retryable=bool(failure.get("retryable", False)),
+        headers=headers,
+    )

@@ -1,0 +1,91 @@
+"""HTTP/1.1 with bounds that uvicorn does not set: on the size of headers and on their time.
+
+Without them a client that sends one header byte a minute keeps its connection for ever, and one
+that never ends its header fills the memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from sutazai.api.answer import error_answer
+
+MAX_HEADER_BYTES = 64 * 1024
+
+ARRIVE_WITHIN_S = 10.0
+"""How long the header of a request may take, and the rest of a body that nobody reads."""
+
+
+class Protocol(HttpToolsProtocol):
+    """One connection."""
+
+    _timer: asyncio.TimerHandle | None = None
+    _in_header = True
+    _header_bytes = 0
+    _requests = 0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin to wait for a request."""
+        super().connection_made(transport)
+        self._arm()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop waiting."""
+        self._disarm()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Parse what came, and bound what is still to come."""
+        requests = self._requests
+        super().data_received(data)
+        if self.transport.is_closing():
+            return
+        if self._in_header and self._requests == requests:
+            self._header_bytes += len(data)
+            if self._header_bytes > MAX_HEADER_BYTES:
+                self._refuse(431, "header_too_large", "The header is larger than 64 KiB.")
+                return
+        if self._timer is None and (self.cycle is None or self.cycle.response_complete):
+            self._arm()
+
+    def on_headers_complete(self) -> None:
+        """Begin to answer."""
+        self._in_header = False
+        self._header_bytes = 0
+        self._disarm()
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        """Expect the next header."""
+        self._in_header = True
+        self._requests += 1
+        super().on_message_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is not HTTP, in the shape of every other error."""
+        self._refuse(400, "malformed_request", msg)
+
+    def _arm(self) -> None:
+        self._timer = self.loop.call_later(ARRIVE_WITHIN_S, self._time_out)
+
+    def _disarm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _time_out(self) -> None:
+        self._timer = None
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.close()
+        else:
+            self._arm()
+
+    def _refuse(self, status: int, code: str, message: str) -> None:
+        answer: Any = error_answer(status, code, message, headers={"Connection": "close"})
+        lines = [b"HTTP/1.1 %d Refused\r\n" % status]
+        lines += [name + b": " + value + b"\r\n" for name, value in answer.raw_headers]
+        self.transport.write(b"".join([*lines, b"\r\n", answer.body]))
+        self.transport.close()

@@ -1,0 +1,79 @@
+"""Transactions of a front: bounded in time, because a client waits for the answer."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from sutazai import db
+from sutazai.errors import DatabaseUnavailable
+
+if TYPE_CHECKING:
+    from sqlalchemy import Executable, Row
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+WITHIN_S = 2.5
+"""An answer about PostgreSQL's absence is promised within 3 s."""
+
+_QUICKLY_S = 0.5
+
+T = TypeVar("T")
+
+Work = Callable[[AsyncConnection], Awaitable[T]]
+
+
+async def run(work: Work[T], *, within_s: float = WITHIN_S, repeatable: bool = True) -> T:
+    """Run work in one transaction; raises `DatabaseUnavailable` when that takes too long.
+
+    `repeatable`: doing it twice is harmless, so it is tried again when it fails quickly.
+    """
+    task = asyncio.ensure_future(_transact(work, repeatable))
+    try:
+        # Not asyncio.timeout: a driver that is cancelled waits for a server that does not answer.
+        done, _ = await asyncio.wait({task}, timeout=within_s)
+    except asyncio.CancelledError:
+        _abandon(task)
+        raise
+    if not done:
+        _abandon(task)
+        raise DatabaseUnavailable("PostgreSQL did not answer in time; try again.")
+    return task.result()
+
+
+async def rows(statement: Executable, *, within_s: float = WITHIN_S) -> Sequence[Row[Any]]:
+    """Run one statement and return its rows; it must be repeatable."""
+
+    async def read(connection: AsyncConnection) -> Sequence[Row[Any]]:
+        result = await connection.execute(statement)
+        return result.all() if result.returns_rows else []
+
+    return await run(read, within_s=within_s)
+
+
+async def _transact(work: Work[T], repeatable: bool) -> T:
+    began = time.monotonic()
+    try:
+        return await _once(work)
+    except DatabaseUnavailable:
+        # A pooled connection may be from before a restart of PostgreSQL; the next one is new.
+        if not repeatable or time.monotonic() - began > _QUICKLY_S:
+            raise
+    return await _once(work)
+
+
+async def _once(work: Work[T]) -> T:
+    async with db.async_transaction() as connection:
+        return await work(connection)
+
+
+def _abandon(task: asyncio.Future[Any]) -> None:
+    task.cancel()
+    task.add_done_callback(_forget)
+
+
+def _forget(task: asyncio.Future[Any]) -> None:
+    with contextlib.suppress(asyncio.CancelledError):
+        task.exception()

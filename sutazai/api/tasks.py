@@ -1,0 +1,200 @@
+"""`/tasks`: handing over a task without waiting, and reading, listing and cancelling tasks."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from uuid import UUID
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+from starlette.requests import Request
+from starlette.responses import Response
+
+from sutazai import lifecycle, record, redis, statements
+from sutazai.agent import normalise
+from sutazai.api import store
+from sutazai.api.acceptance import accept, accepted, find, refuse_key
+from sutazai.api.answer import json_answer
+from sutazai.api.body import parse_options, parse_query, read_object, require_text
+from sutazai.api.front import Front, front_of
+from sutazai.api.prefer import MAX_WAIT_S
+from sutazai.errors import Conflict, InvalidInput, TaskNotFound
+from sutazai.lifecycle import Ended
+from sutazai.state import State
+from sutazai.submission import Options, Submission
+
+if TYPE_CHECKING:
+    from sqlalchemy import Row
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+MAX_PAGE = 200
+
+_FIELDS = ("action", "params", "options")
+
+
+class TasksQuery(BaseModel):
+    """Which tasks to list."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    state: list[State] = Field(default=[], description="Any of these; may be repeated.")
+    action: str | None = Field(default=None, description="The name of the action.")
+    label: list[Annotated[str, Field(pattern=r"^[^=]+=")]] = Field(
+        default=[], description="`key=value`; may be repeated, and all must hold."
+    )
+    since: AwareDatetime | None = Field(default=None, description="Accepted at or after this.")
+    until: AwareDatetime | None = Field(default=None, description="Accepted before this.")
+    parent_id: UUID | None = Field(default=None, description="The children of this task.")
+    agent: str | None = Field(default=None, description="Default: this front's; `*`: all.")
+    limit: int = Field(default=50, ge=1, le=MAX_PAGE, description="Tasks on a page.")
+    cursor: UUID | None = Field(default=None, description="`next_cursor` of the page before.")
+
+
+class WaitQuery(BaseModel):
+    """Whether to wait for the end of a task."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    wait: float = Field(
+        default=0,
+        ge=0,
+        le=MAX_WAIT_S,
+        allow_inf_nan=False,
+        description="Seconds to wait for a terminal state.",
+    )
+
+
+async def create_task(request: Request) -> Response:
+    """Accept a task and answer at once."""
+    front = front_of(request)
+    refuse_key(request)
+    submission = _submission(front, await read_object(request))
+    await accept(front, submission)
+    return await accepted(front, submission)
+
+
+def _submission(front: Front, body: dict[str, Any]) -> Submission:
+    if unknown := [name for name in body if name not in _FIELDS]:
+        raise InvalidInput(
+            f"{unknown[0]}: the body has the fields action, params and options only.",
+            details=[{"field": name, "message": "It is not known here."} for name in unknown],
+        )
+    known = ", ".join(sorted(front.agent.actions))
+    name = require_text(body, "action", f"Name the action in the field action; one of: {known}.")
+    action = front.agent.get(name)
+    params, options = _object(body, "params"), _object(body, "options")
+    chosen = parse_options(Options, options, "options") if options else Options()
+    return Submission(action, params, chosen)
+
+
+def _object(body: dict[str, Any], field: str) -> dict[str, Any]:
+    value = body.get(field, {})
+    if isinstance(value, dict):
+        return value
+    raise InvalidInput(
+        f"{field} must be a JSON object.",
+        details=[{"field": field, "message": "It must be a JSON object."}],
+    )
+
+
+async def list_tasks(request: Request) -> Response:
+    """List tasks, newest first."""
+    query = parse_query(TasksQuery, request)
+    rows = await _page(query, _chosen_agent(front_of(request), query.agent))
+    tasks = [record.task_json(row) for row in rows[: query.limit]]
+    more = len(rows) > query.limit
+    return json_answer({"tasks": tasks, "next_cursor": tasks[-1]["task_id"] if more else None})
+
+
+def _chosen_agent(front: Front, name: str | None) -> str | None:
+    if name == "*":
+        return None
+    chosen = front.agent.name if name is None else normalise(name)
+    if chosen not in front.agents and chosen != front.agent.name:
+        raise InvalidInput(
+            f"agent: there is no agent {name!r}; there are: {', '.join(front.agents)}.",
+            details=[{"field": "agent", "message": "There is no agent of this name."}],
+        )
+    return chosen
+
+
+async def _page(query: TasksQuery, agent: str | None) -> Sequence[Row[Any]]:
+    page = statements.tasks_page(
+        limit=query.limit + 1,
+        agent=agent,
+        action=query.action,
+        states=query.state,
+        labels=dict(label.split("=", 1) for label in query.label),
+        since=query.since,
+        until=query.until,
+        parent_id=query.parent_id,
+        before=query.cursor,
+    )
+    return await store.rows(page)
+
+
+async def show_task(request: Request) -> Response:
+    """Return a task of any agent, at once or when it has ended."""
+    wait_s = parse_query(WaitQuery, request).wait
+    task_id = _task_id(request)
+    row = await _found(task_id)
+    if wait_s and not State(row.state).is_terminal:
+        waiting = front_of(request).waiting
+        with waiting.watch(task_id) as ended:
+            await waiting.until(ended, wait_s)
+        row = await _found(task_id)
+    return json_answer(record.task_json(row))
+
+
+async def cancel_task(request: Request) -> Response:
+    """Cancel a task: 200 when done, 202 while it is being carried out, 409 when it had ended."""
+    cancelled = await _cancel(_task_id(request))
+    waiting = front_of(request).waiting
+    for gone in cancelled.ended:
+        waiting.wake(gone.task_id)
+    if cancelled.ended:
+        await asyncio.to_thread(_announce, cancelled.ended)
+    state = State(cancelled.row.state)
+    if state.is_terminal and not cancelled.ended:
+        raise Conflict(f"The task has already ended: it is {state.value}.")
+    return json_answer(record.task_json(cancelled.row), 200 if state.is_terminal else 202)
+
+
+class _Cancelled(NamedTuple):
+    row: Row[Any]
+    ended: list[Ended]
+
+
+async def _cancel(task_id: UUID) -> _Cancelled:
+    async def change(connection: AsyncConnection) -> _Cancelled:
+        ended = await connection.run_sync(lifecycle.cancel, task_id)
+        row = (await connection.execute(statements.task(task_id))).first()
+        if row is None:
+            raise TaskNotFound
+        return _Cancelled(row, ended)
+
+    return await store.run(change, repeatable=False)
+
+
+def _announce(ended: Sequence[Ended]) -> None:
+    for gone in ended:
+        redis.announce(gone.agent, gone.task_id, kind="state", state=State.CANCELLED.value)
+
+
+async def _found(task_id: UUID) -> Row[Any]:
+    row = await find(task_id)
+    if row is None:
+        raise TaskNotFound
+    return row
+
+
+def _task_id(request: Request) -> UUID:
+    text = request.path_params["task_id"]
+    try:
+        # UUID() also takes braces and urn: forms, which no link of ours has.
+        if len(text) == 36:
+            return UUID(text)
+    except ValueError:
+        pass
+    raise TaskNotFound

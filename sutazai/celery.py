@@ -1,0 +1,392 @@
+"""The Celery application: binds every action, rings the bell, and answers for the system.
+
+`celery -A sutazai …` finds `app` here. A task's message is only a notice (bell.py); the task
+itself is a row, so every way in through Celery (`celery call`, `.delay()`, Flower's API) writes
+the row first, and every result is read from it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import runpy
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from celery import Celery, Task, bootsteps, signals
+from celery.backends.base import BaseBackend
+from celery.exceptions import Ignore
+from celery.worker.control import Panel
+from celery.worker.control import enable_events as celery_enable_events
+
+from sutazai import db, lifecycle, log, redis, statements
+from sutazai.agent import Action, Agent, WorkerView
+from sutazai.errors import (
+    ConfigurationError,
+    DatabaseUnavailable,
+    InvalidInput,
+    LeaseLost,
+    SutazaiError,
+    TaskFailed,
+    UnknownAgent,
+    Unsupported,
+)
+from sutazai.keeper import Identity, Keeper, Reports, die_with_parent
+from sutazai.models import new_id
+from sutazai.ringer import CeleryBell
+from sutazai.settings import settings
+from sutazai.state import State
+from sutazai.submission import Options, Submission
+from sutazai.tasks import load
+from sutazai.worker import NotClaimed, Requeued, Site, Unrecorded, perform
+
+EVENTS_LAST_S = 30.0
+"""Task events, which cost two thirds of the throughput, end this long after the last watcher."""
+
+_logger = log.get(__name__)
+
+
+# --- the application ------------------------------------------------------------------------
+
+
+class Application(Celery):  # type: ignore[misc]
+    """Celery whose messages are notices of rows."""
+
+    def bell(self) -> CeleryBell:
+        """Return this process's bell."""
+        return bell()
+
+    def send_task(self, name: str, args: Any = None, kwargs: Any = None, **options: Any) -> Any:
+        """Accept a task as every other way in does: the row first, then the notice.
+
+        `priority` and `task_id` are taken; the rest of Celery's options have no meaning here.
+        Raises `InvalidInput` for parameters that do not fit.
+        """
+        action = find_action(name)
+        if action is None:
+            return super().send_task(name, args, kwargs, **options)
+        if args:
+            raise InvalidInput(f"{name} takes named parameters only; pass them as kwargs.")
+        given = {} if options.get("priority") is None else {"priority": options["priority"]}
+        task_id = UUID(options["task_id"]) if options.get("task_id") else new_id()
+        submission = Submission(action, kwargs or {}, Options(**given), "celery", task_id)
+        submit(submission)
+        return self.AsyncResult(str(submission.task_id))
+
+
+class TaskRows(BaseBackend):  # type: ignore[misc]
+    """The result backend that `celery result` and `AsyncResult` read: the task's row.
+
+    Workers record outcomes themselves; what Celery would write is not needed and never fails.
+    """
+
+    supports_autoexpire = True
+    _STATES = {  # noqa: RUF012 - read only
+        State.QUEUED: "PENDING",
+        State.RUNNING: "STARTED",
+        State.WAITING: "STARTED",
+        State.SUCCEEDED: "SUCCESS",
+        State.FAILED: "FAILURE",
+        State.CANCELLED: "REVOKED",
+    }
+
+    def store_result(self, *_: Any, **__: Any) -> None:
+        """Do nothing: the row is written by the worker."""
+
+    def _get_task_meta_for(self, task_id: str) -> dict[str, Any]:
+        try:
+            wanted = UUID(task_id)
+        except ValueError:
+            return {"status": "PENDING", "result": None}
+        with db.transaction() as connection:
+            row = connection.execute(statements.task(wanted)).first()
+        if row is None:
+            return {"status": "PENDING", "result": None}
+        state = State(row.state)
+        result: Any = row.result
+        if state in (State.FAILED, State.CANCELLED):
+            result = TaskFailed(f"{row.error['code']}: {row.error['message']}")
+        return {
+            "task_id": task_id,
+            "status": self._STATES[state],
+            "result": result,
+            "traceback": None,
+            "children": [],
+            "date_done": row.finished_at.isoformat() if row.finished_at else None,
+        }
+
+
+def find_action(name: str) -> Action[Any, Any] | None:
+    """Return the action of a Celery task's name, `<agent>.<action>`; None for Celery's own."""
+    agent_name, _, action_name = name.rpartition(".")
+    try:
+        return load().get(agent_name).get(action_name)
+    except (UnknownAgent, InvalidInput):
+        return None
+
+
+def submit(submission: Submission) -> bool:
+    """Accept a task and ring; False when the same tick or call was accepted before."""
+    rung = lifecycle.will_ring(submission, bell())
+    with db.transaction() as connection:
+        accepted = lifecycle.accept(connection, submission, rung=rung)
+    if accepted and rung:
+        bell().ring([submission.notice])
+    return accepted
+
+
+def _create() -> Application:
+    try:
+        settings().require_services()
+    except ConfigurationError as error:
+        # `celery -A sutazai` shows a traceback for anything but an exit.
+        sys.exit(f"sutazai: {error}")
+    made = Application("sutazai", set_as_current=True)
+    values = runpy.run_path(str(_located("celeryconfig.py")))
+    made.conf.update({key: value for key, value in values.items() if key.islower()})
+    for agent in load().agents.values():
+        for action in agent.actions.values():
+            _bind(made, action)
+    made.steps["worker"].add(KeeperStep)
+    return made
+
+
+def _located(name: str) -> Path:
+    """Find a file that stands beside the package in a checkout and inside it in a wheel."""
+    package = Path(__file__).parent
+    return next(path for path in (package / name, package.parent / name) if path.exists())
+
+
+def _bind(made: Celery, action: Action[Any, Any]) -> None:
+    def run(self: Task, **_: Any) -> str:
+        try:
+            return perform(_site(), action, UUID(self.request.id))
+        except (NotClaimed, Requeued, LeaseLost, ValueError):
+            raise Ignore from None
+        except (DatabaseUnavailable, Unrecorded) as error:
+            # The row is still queued, or its lease runs out: the relay sees to it.
+            _logger.warning("PostgreSQL is away", reason=str(error))
+            raise Ignore from None
+
+    run.__doc__ = action.doc
+    made.task(
+        run,
+        bind=True,
+        name=action.full_name,
+        queue=action.agent,
+        throws=(SutazaiError,),
+        typing=False,
+        shared=False,
+    )
+
+
+# --- what actions may ask of the system -----------------------------------------------------
+
+
+class CelerySystem:
+    """Implements `System` with heartbeat rows, Celery's remote control, and supervisord."""
+
+    def workers(self) -> list[WorkerView]:
+        """Return every live worker; see `System.workers`."""
+        with db.transaction() as connection:
+            live = connection.execute(statements.live_workers()).all()
+            depths = {
+                row.agent: row.depth
+                for row in connection.execute(statements.status([w.agent for w in live]))
+            }
+        return [WorkerView(**row._mapping, queued=depths[row.agent]) for row in live]
+
+    def resize(self, agent: str, host: str, slots: int) -> int:
+        """Grow or shrink the pool of one worker, within its agent's bounds."""
+        declared = load().get(agent)
+        if declared.pool == "solo":
+            raise Unsupported(f"{agent} has a pool of exactly one slot.")
+        slots = min(max(slots, declared.slots[0]), declared.slots[2])
+        node = f"{declared.name}@{host}"
+        now = next((w.slots for w in self.workers() if w.name == node), None)
+        if now is None:
+            raise Unsupported(f"{node} is not a live worker.")
+        if slots != now:
+            change = app.control.pool_grow if slots > now else app.control.pool_shrink
+            reply = change(abs(slots - now), destination=[node], reply=True, timeout=2.0)
+            if not any("ok" in answer.get(node, {}) for answer in reply or []):
+                raise Unsupported(f"{node} did not change its pool: {reply}")
+        return slots
+
+    def restart_pool(self, agent: str) -> None:
+        """Restart the pools of an agent's workers; tasks in flight are rescued."""
+        nodes = [w.name for w in self.workers() if w.agent == agent]
+        if not nodes:
+            raise Unsupported(f"{agent} has no live worker.")
+        app.control.pool_restart(destination=nodes, reply=True, timeout=2.0)
+
+    def restart_process(self, agent: str) -> None:
+        """Restart the worker process that supervisord runs on this machine."""
+        try:
+            from sutazai.embedded import Supervisor  # noqa: PLC0415 - an optional extra
+        except ImportError:
+            raise Unsupported("supervisord is not installed on this machine.") from None
+        supervisor = Supervisor(settings().home)
+        if not supervisor.running():
+            raise Unsupported("No supervisord runs this installation's processes.")
+        supervisor.restart(f"worker-{agent}")
+
+
+# --- the worker -----------------------------------------------------------------------------
+
+_state: dict[str, Any] = {}
+"""This process's site, keeper and bell; forked children inherit the site."""
+
+
+def bell() -> CeleryBell:
+    """Return this process's bell."""
+    if "bell" not in _state:
+        _state["bell"] = CeleryBell(app)
+    made: CeleryBell = _state["bell"]
+    return made
+
+
+def _site() -> Site:
+    site: Site = _state["site"]
+    return site
+
+
+class KeeperStep(bootsteps.StartStopStep):  # type: ignore[misc]
+    """Starts the keeper once the pool's processes have been forked."""
+
+    requires = ("celery.worker.components:Pool",)
+
+    def __init__(self, parent: Any, **_: Any) -> None:
+        self._keeper: Keeper | None = None
+        agent = _agent_of(parent)
+        host = parent.hostname.partition("@")[2]
+        _state["site"] = Site(
+            identity=Identity(parent.hostname, agent.name, host),
+            reports=Reports(),
+            agents=load().agents,
+            system=CelerySystem(),
+            bell=bell(),
+        )
+
+    def start(self, parent: Any) -> None:
+        """Start watching."""
+        site = _site()
+        self._keeper = Keeper(
+            site.identity,
+            site.reports,
+            site.agents,
+            slots=lambda: int(parent.pool.num_processes or 1),
+            consuming=lambda: _is_consuming(parent),
+            each_beat=lambda: _end_unwatched_events(parent),
+        )
+        _state["keeper"] = self._keeper
+        self._keeper.start()
+
+    def stop(self, _: Any) -> None:
+        """Record that the worker has stopped."""
+        if self._keeper is not None:
+            self._keeper.stop()
+        bell().close()
+
+    terminate = stop
+
+
+def _agent_of(parent: Any) -> Agent:
+    """Return the agent whose queue a worker consumes; it must be exactly one."""
+    own = [name for name in parent.app.amqp.queues.consume_from if name in load().agents]
+    if len(own) == 1:
+        return load().agents[own[0]]
+    sys.exit(
+        "A worker serves one agent's queue: use `sutazai worker AGENT`, or add "
+        f"`-Q AGENT` (one of: {', '.join(load().agents)})."
+    )
+
+
+def _is_consuming(parent: Any) -> bool:
+    consumer = getattr(parent.consumer, "task_consumer", None)
+    return consumer is None or bool(consumer.queues)
+
+
+def _end_unwatched_events(parent: Any) -> None:
+    dispatcher = getattr(parent.consumer, "event_dispatcher", None)
+    asked_at = _state.get("events_asked_at", 0.0)
+    if (
+        dispatcher is not None
+        and "task" in (dispatcher.groups or ())
+        and time.monotonic() - asked_at > EVENTS_LAST_S
+    ):
+        dispatcher.groups.discard("task")
+        _logger.info("task events off: nobody has asked for them")
+
+
+@Panel.register(name="enable_events", type="control", help="Tell worker(s) to send task events.")
+def _enable_events(state: Any) -> Any:
+    _state["events_asked_at"] = time.monotonic()
+    return celery_enable_events(state)
+
+
+@Panel.register(name="revoke", type="control", help="Cancel tasks.", signature="[id1 [id2 […]]]")
+def _revoke(state: Any, task_id: Any, terminate: bool = False, signal: Any = None, **_: Any) -> Any:  # noqa: ARG001, FBT
+    ids = [task_id] if isinstance(task_id, str) else list(task_id or [])
+    ended = []
+    with db.transaction() as connection:
+        for wanted in filter(None, map(_uuid, ids)):
+            ended += lifecycle.cancel(connection, wanted)
+    for gone in ended:
+        redis.announce(gone.agent, gone.task_id, kind="state", state=State.CANCELLED.value)
+    return {"ok": f"cancelled: {', '.join(ids)}"}
+
+
+@Panel.register(
+    name="terminate", type="control", help="Cancel tasks.", signature="<signal> [id1 …]"
+)
+def _terminate(state: Any, signal: Any, task_id: Any, **_: Any) -> Any:  # noqa: ARG001 - Celery passes it
+    return _revoke(state, task_id)
+
+
+def _uuid(text: str) -> UUID | None:
+    try:
+        return UUID(text)
+    except ValueError:
+        return None
+
+
+@signals.setup_logging.connect(weak=False)
+def _set_up_logging(**_: Any) -> None:
+    log.configure(settings().log_format, settings().log_level)
+    for reference, why in load().faults.items():
+        _logger.error("an agent cannot be imported", agent=reference, why=why)
+
+
+@signals.celeryd_init.connect(weak=False)
+def _refuse_without_queue(options: Mapping[str, Any], **_: Any) -> None:
+    if not options.get("queues"):
+        sys.exit(
+            "A worker serves one agent: use `sutazai worker AGENT`, "
+            f"or add `-Q AGENT` (one of: {', '.join(load().agents)})."
+        )
+
+
+@signals.worker_shutting_down.connect(weak=False)
+def _bound_the_drain(**_: Any) -> None:
+    keeper: Keeper | None = _state.get("keeper")
+    if keeper is not None:
+        keeper.drain()
+
+
+@signals.worker_process_init.connect(weak=False)
+def _begin_child(**_: Any) -> None:
+    if os.getpid() == _site().identity.pid:
+        return  # the solo pool runs tasks in the worker's own process
+    die_with_parent()
+    _state.pop("keeper", None)
+    # Threads do not survive a fork, so the bell of a child is its own.
+    _state.pop("bell", None)
+    _state["site"] = dataclasses.replace(_site(), bell=bell())
+
+
+app = _create()

@@ -1,0 +1,257 @@
+"""Clients of a front, for Python programs: `AgentClient`, and `AsyncAgentClient` for event loops.
+
+    with AgentClient("http://127.0.0.1:8002") as client:
+        answer = client.send_request("get_metrics")
+        task_id = client.submit("get_metrics", priority=9)
+        task = client.wait(task_id, timeout_s=60)
+
+Errors are those of `sutazai.errors`, by the code of the answer. Requests that only read are
+repeated with jitter while the front does not answer; one that hands over a task is repeated only
+when it certainly never arrived, because a second one would be a second task.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+from urllib.parse import quote
+
+import httpx
+from tenacity import (
+    AsyncRetrying,
+    Retrying,
+    retry_if_exception,
+    stop_after_attempt,
+    wait_random_exponential,
+)
+
+from sutazai import payload
+from sutazai.errors import SutazaiError, Unavailable, by_code
+
+ATTEMPTS = 4
+
+TIMEOUT_S = 10.0
+"""For an answer that waits for nothing; waits are added to it."""
+
+WAIT_AT_MOST_S = 300.0
+"""What a front admits in one request; longer waits are several."""
+
+TERMINAL = ("succeeded", "failed", "cancelled")
+
+
+class _Request(NamedTuple):
+    method: str
+    path: str
+    body: Mapping[str, Any] | None = None
+    wait_s: float = 0.0
+    headers: Mapping[str, str] = {}
+
+    def arguments(self, timeout_s: float) -> dict[str, Any]:
+        """Return httpx's arguments."""
+        content = None if self.body is None else payload.dumps(self.body)
+        json_type = {} if self.body is None else {"Content-Type": "application/json"}
+        return {
+            "content": content,
+            "headers": {**json_type, **self.headers},
+            "timeout": httpx.Timeout(timeout_s, read=timeout_s + self.wait_s),
+        }
+
+
+class _NotSent(Unavailable):
+    """The front could not be reached; the request certainly did not arrive."""
+
+
+class _Base:
+    """What both clients share: requests, answers and when to repeat."""
+
+    def __init__(self, base_url: str, *, timeout_s: float = TIMEOUT_S) -> None:
+        self.base_url = base_url.rstrip("/")
+        self._timeout_s = timeout_s
+
+    def _retrying(self, request: _Request) -> dict[str, Any]:
+        worth = Unavailable if request.method == "GET" else _NotSent
+        return {
+            "retry": retry_if_exception(lambda error: isinstance(error, worth)),
+            "wait": wait_random_exponential(multiplier=0.1, max=2.0),
+            "stop": stop_after_attempt(ATTEMPTS),
+            "reraise": True,
+        }
+
+    def _unreachable(self, error: httpx.HTTPError) -> Unavailable:
+        text = f"{self.base_url} does not answer: {error or type(error).__name__}"
+        never_arrived = isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout))
+        return _NotSent(text) if never_arrived else Unavailable(text)
+
+    @staticmethod
+    def _perform(action: str, params: Mapping[str, Any], wait_s: float) -> _Request:
+        whole_s = min(int(wait_s), int(WAIT_AT_MOST_S))
+        prefer = {"Prefer": f"wait={whole_s}"}
+        return _Request("POST", "/process", {"action": action, **params}, whole_s, prefer)
+
+    @staticmethod
+    def _submission(
+        action: str, params: Mapping[str, Any] | None, options: Mapping[str, Any]
+    ) -> _Request:
+        body: dict[str, Any] = {"action": action, "params": dict(params or {})}
+        return _Request("POST", "/tasks", body | ({"options": dict(options)} if options else {}))
+
+    @staticmethod
+    def _watch(task_id: str, left_s: float) -> _Request:
+        wait_s = min(max(left_s, 0.0), WAIT_AT_MOST_S)
+        return _Request("GET", f"/tasks/{quote(task_id, safe='')}?wait={wait_s:.3f}", None, wait_s)
+
+
+class AgentClient(_Base):
+    """Talks to the front of one agent."""
+
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        timeout_s: float = TIMEOUT_S,
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
+        super().__init__(base_url, timeout_s=timeout_s)
+        self._http = httpx.Client(base_url=self.base_url, transport=transport)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def send_request(self, action: str, /, **params: Any) -> dict[str, Any]:
+        """Perform an action and return the front's answer: `status`, `task_id` and the result.
+
+        Raises the error of a task that failed. When the task takes longer than 30 s the answer
+        says `accepted`; `wait` goes on waiting for its `task_id`.
+        """
+        return self._send(self._perform(action, params, 30.0))
+
+    def health_check(self) -> dict[str, Any]:
+        """Return the agent's health; `status` is healthy, degraded or unhealthy."""
+        return self._send(_Request("GET", "/health"))
+
+    def submit(
+        self, action: str, params: Mapping[str, Any] | None = None, /, **options: Any
+    ) -> str:
+        """Hand over a task and return its id at once. `options` are those of `POST /tasks`."""
+        return str(self._send(self._submission(action, params, options))["task_id"])
+
+    def wait(self, task_id: str, timeout_s: float = 60.0) -> dict[str, Any]:
+        """Return the task as JSON once it has ended, however it did; raises TimeoutError."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            left_s = deadline - time.monotonic()
+            task = self._send(self._watch(task_id, left_s))
+            if task["state"] in TERMINAL:
+                return task
+            if left_s <= 0:
+                raise TimeoutError(f"{task_id} is still {task['state']} after {timeout_s:g} s.")
+
+    def _send(self, request: _Request) -> dict[str, Any]:
+        return Retrying(**self._retrying(request))(self._send_once, request)
+
+    def _send_once(self, request: _Request) -> dict[str, Any]:
+        try:
+            answer = self._http.request(
+                request.method, request.path, **request.arguments(self._timeout_s)
+            )
+        except httpx.HTTPError as error:
+            raise self._unreachable(error) from error
+        return _content(answer)
+
+
+class AsyncAgentClient(_Base):
+    """Talks to the front of one agent from an event loop; see `AgentClient`."""
+
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        timeout_s: float = TIMEOUT_S,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        super().__init__(base_url, timeout_s=timeout_s)
+        self._http = httpx.AsyncClient(base_url=self.base_url, transport=transport)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._http.aclose()
+
+    async def send_request(self, action: str, /, **params: Any) -> dict[str, Any]:
+        """Perform an action; see `AgentClient.send_request`."""
+        return await self._send(self._perform(action, params, 30.0))
+
+    async def health_check(self) -> dict[str, Any]:
+        """Return the agent's health; see `AgentClient.health_check`."""
+        return await self._send(_Request("GET", "/health"))
+
+    async def submit(
+        self, action: str, params: Mapping[str, Any] | None = None, /, **options: Any
+    ) -> str:
+        """Hand over a task and return its id; see `AgentClient.submit`."""
+        return str((await self._send(self._submission(action, params, options)))["task_id"])
+
+    async def wait(self, task_id: str, timeout_s: float = 60.0) -> dict[str, Any]:
+        """Return the task once it has ended; see `AgentClient.wait`."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            left_s = deadline - time.monotonic()
+            task = await self._send(self._watch(task_id, left_s))
+            if task["state"] in TERMINAL:
+                return task
+            if left_s <= 0:
+                raise TimeoutError(f"{task_id} is still {task['state']} after {timeout_s:g} s.")
+
+    async def _send(self, request: _Request) -> dict[str, Any]:
+        return await AsyncRetrying(**self._retrying(request))(self._send_once, request)
+
+    async def _send_once(self, request: _Request) -> dict[str, Any]:
+        try:
+            answer = await self._http.request(
+                request.method, request.path, **request.arguments(self._timeout_s)
+            )
+        except httpx.HTTPError as error:
+            raise self._unreachable(error) from error
+        return _content(answer)
+
+
+def _content(answer: httpx.Response) -> dict[str, Any]:
+    """Return an answer's JSON object; raises the error that it tells of."""
+    try:
+        content = payload.loads(answer.content)
+    except SutazaiError:
+        content = None
+    if not isinstance(content, dict):
+        raise Unavailable(
+            f"{answer.request.url} answered {answer.status_code} without a JSON object; "
+            "is it an agent's front?"
+        )
+    if content.get("status") == "error":
+        raise by_code(str(content.get("code")))(
+            str(content.get("message", "")), details=content.get("details") or []
+        )
+    return content

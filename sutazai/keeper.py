@@ -1,0 +1,411 @@
+"""What keeps a worker honest: its heartbeat, the leases of what it runs, and their limits.
+
+The `Keeper` is a thread of the worker's main process with a database connection of its own; it
+never touches the broker, so it goes on while Celery blocks in one. Attempts report to it through a
+pipe (`Reports`), because they run in other processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import select
+import signal
+import struct
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+import psutil
+
+from sutazai import db, lifecycle, log, payload, redis, statements
+from sutazai.agent import Agent
+from sutazai.errors import DatabaseUnavailable, TaskCancelled, TaskFailed, TimeLimitExceeded
+from sutazai.models import new_id
+from sutazai.settings import settings
+from sutazai.state import Outcome, State
+
+if TYPE_CHECKING:
+    from sqlalchemy import Row
+
+
+HEARTBEAT_S = 2.0
+
+LIMIT_GRACE_S = 1.0
+"""An attempt is ended this long after its limit, so that one that ends just in time still can."""
+
+CANCEL_GRACE_S = 10.0
+"""How long an action may ignore that it was cancelled before its process is ended."""
+
+DRAIN_S = 25.0
+"""How long running tasks may go on after the worker was asked to stop."""
+
+REGISTRY_S = 10.0
+
+WATCH_S = 0.25
+"""How often limits are looked at while something runs."""
+
+_logger = log.get(__name__)
+
+
+# --- who this worker is ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Identity:
+    """One worker process, told apart from its predecessors of the same name."""
+
+    name: str
+    agent: str
+    host: str
+    worker_id: UUID = field(default_factory=new_id)
+    pid: int = field(default_factory=os.getpid)
+    boot_id: str = field(default_factory=lambda: _read("/proc/sys/kernel/random/boot_id"))
+    pid_namespace: str = field(default_factory=lambda: _link("/proc/self/ns/pid"))
+    process_started_at: float = field(default_factory=lambda: psutil.Process().create_time())
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """The worker's row when it starts."""
+        return {
+            "worker_id": self.worker_id,
+            "name": self.name,
+            "agent": self.agent,
+            "host": self.host,
+            "pid": self.pid,
+            "boot_id": self.boot_id,
+            "pid_namespace": self.pid_namespace,
+            "process_started_at": self.process_started_at,
+        }
+
+    def has_outlived(self, other: Row[Any]) -> bool:
+        """Whether a worker recorded earlier is certainly gone; False when that cannot be known."""
+        if not self.boot_id or self.boot_id != other.boot_id:
+            return False
+        if self.pid_namespace != other.pid_namespace:
+            return False
+        return not _is_alive(other.pid, other.process_started_at)
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
+
+
+def _link(path: str) -> str:
+    try:
+        return str(Path(path).readlink())
+    except OSError:
+        return ""
+
+
+def _is_alive(pid: int, started_at: float | None = None) -> bool:
+    try:
+        process = psutil.Process(pid)
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return False
+        return started_at is None or abs(process.create_time() - started_at) < 1.0
+    except psutil.NoSuchProcess:
+        return False
+
+
+def die_with_parent(number: signal.Signals = signal.SIGKILL) -> None:
+    """Ask Linux to send this process a signal when its parent dies, so that none is orphaned."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, number)
+
+
+# --- the pipe between the processes ---------------------------------------------------------
+
+_REPORT = struct.Struct("=?16s16sid")
+"""began, task id, claim id, pid, limit in s: far below PIPE_BUF, so writes are atomic."""
+
+
+class Reports:
+    """The pipe on which attempts report their begin and end to the worker's main process."""
+
+    def __init__(self) -> None:
+        self.reader, self._writer = os.pipe()
+        os.set_inheritable(self._writer, True)
+        os.set_blocking(self.reader, False)
+
+    def tell(self, *, began: bool, task_id: UUID, claim_id: UUID, limit_s: float = 0.0) -> None:
+        """Write one report."""
+        os.write(
+            self._writer,
+            _REPORT.pack(began, task_id.bytes, claim_id.bytes, os.getpid(), limit_s),
+        )
+
+    def read(self) -> list[tuple[bool, UUID, UUID, int, float]]:
+        """Return the reports that have come."""
+        try:
+            raw = os.read(self.reader, _REPORT.size * 256)
+        except BlockingIOError:
+            return []
+        return [
+            (began, UUID(bytes=task), UUID(bytes=claim), pid, limit)
+            for began, task, claim, pid, limit in _REPORT.iter_unpack(raw)
+        ]
+
+
+# --- the keeper -----------------------------------------------------------------------------
+
+
+@dataclass
+class Running:
+    """An attempt that the keeper watches over."""
+
+    task_id: UUID
+    claim_id: UUID
+    pid: int
+    limit_s: float
+    began_at: float
+    cancel_seen_at: float | None = None
+    missed: bool = False
+
+
+class Keeper(threading.Thread):
+    """Keeps the heartbeat and the leases of one worker, and ends what runs too long."""
+
+    def __init__(
+        self,
+        identity: Identity,
+        reports: Reports,
+        agents: Mapping[str, Agent],
+        *,
+        slots: Callable[[], int],
+        consuming: Callable[[], bool],
+        each_beat: Callable[[], None],
+    ) -> None:
+        super().__init__(name="keeper", daemon=True)
+        self._identity = identity
+        self._reports = reports
+        self._agents = agents
+        self._slots = slots
+        self._consuming = consuming
+        self._each_beat = each_beat
+        self._running: dict[UUID, Running] = {}
+        self._claims = 0
+        self._stop_requested = threading.Event()
+        self._wake_reader, self._wake_writer = os.pipe()
+        self._drain_at: float | None = None
+        self._registered_at = 0.0
+
+    def enlist(self) -> None:
+        """Insert the worker's row, and take back at once what dead predecessors left running."""
+        identity = self._identity
+        with db.transaction() as connection:
+            connection.execute(statements.enlist({**identity.row, "slots": self._slots()}))
+            gone = [
+                row.worker_id
+                for row in connection.execute(
+                    statements.predecessors(identity.name, identity.worker_id)
+                )
+                if identity.has_outlived(row)
+            ]
+            if gone:
+                rescued = lifecycle.rescue(connection, statements.running_on(gone))
+                connection.execute(statements.discharge(gone))
+                connection.execute(statements.ring_agent_again(identity.agent))
+                _logger.warning("took over from a dead worker", rescued=len(rescued))
+
+    def drain(self) -> None:
+        """Bound the time that running tasks may take from now on."""
+        self._drain_at = time.monotonic() + DRAIN_S
+        self._wake()
+
+    def stop(self) -> None:
+        """Record that the worker stops, and end the thread."""
+        self._stop_requested.set()
+        self._wake()
+        self.join(timeout=5)
+        identity = self._identity
+        with contextlib.suppress(DatabaseUnavailable), db.transaction() as connection:
+            connection.execute(statements.discharge([identity.worker_id]))
+        redis.attempt(lambda client: client.hdel("agents:registry", identity.agent))
+
+    def _wake(self) -> None:
+        os.write(self._wake_writer, b".")
+
+    def run(self) -> None:
+        """Watch until stopped; PostgreSQL being away only delays."""
+        enlisted = False
+        beat_at = extend_at = 0.0
+        while not self._stop_requested.is_set():
+            # Limits are watched closely while something runs; else the next heartbeat is enough.
+            pause_s = WATCH_S if self._running else max(0.0, beat_at - time.monotonic())
+            select.select([self._reports.reader, self._wake_reader], [], [], pause_s)
+            self._take_reports()
+            now = time.monotonic()
+            try:
+                if not enlisted:
+                    self.enlist()
+                    enlisted = True
+                self._end_overruns(now)
+                self._take_back_crashed()
+                if now >= beat_at:
+                    beat_at = now + HEARTBEAT_S
+                    self._beat()
+                if now >= extend_at and self._running:
+                    extend_at = now + HEARTBEAT_S
+                    self._extend(now)
+                if self._drain_at and now >= self._drain_at:
+                    self._end_drain()
+            except DatabaseUnavailable as error:
+                _logger.warning("heartbeat delayed", reason=str(error))
+                self._stop_requested.wait(1.0)
+            except Exception:
+                # The keeper must outlive whatever goes wrong in one round.
+                _logger.exception("the keeper failed in one round")
+                self._stop_requested.wait(1.0)
+
+    def _take_reports(self) -> None:
+        for began, task_id, claim_id, pid, limit_s in self._reports.read():
+            if began:
+                self._claims += 1
+                self._running[claim_id] = Running(
+                    task_id, claim_id, pid, limit_s, began_at=time.monotonic()
+                )
+            else:
+                self._running.pop(claim_id, None)
+
+    def _beat(self) -> None:
+        values: dict[str, Any] = {
+            "running": len(self._running),
+            "slots": self._slots(),
+            "consuming": self._consuming(),
+        }
+        claims, self._claims = self._claims, 0
+        identity = self._identity
+        with db.transaction() as connection:
+            if (
+                connection.execute(
+                    statements.beat(identity.worker_id, values, claims=claims)
+                ).first()
+                is None
+            ):
+                connection.execute(statements.enlist({**identity.row, **values}))
+        self._each_beat()
+        if time.monotonic() - self._registered_at >= REGISTRY_S:
+            self._registered_at = time.monotonic()
+            self._register()
+
+    def _register(self) -> None:
+        agent = self._agents[self._identity.agent]
+        entry = payload.dumps(
+            {
+                "agent": agent.name,
+                "port": settings().port(agent.name, agent.port),
+                "host": self._identity.host,
+                "actions": sorted(agent.actions),
+                "seen_at": datetime.now(UTC).isoformat(),
+            }
+        )
+        redis.attempt(lambda client: client.hset("agents:registry", agent.name, entry))
+
+    def _extend(self, now: float) -> None:
+        pairs = [(r.task_id, r.claim_id) for r in self._running.values()]
+        with db.transaction() as connection:
+            kept = {row.claim_id: row for row in connection.execute(statements.extend(pairs))}
+        for claim_id, running in list(self._running.items()):
+            row = kept.get(claim_id)
+            if row is None and not running.missed:
+                # It may just have ended, its report still under way: the next round decides.
+                running.missed = True
+            elif row is None:
+                _logger.warning("aborting an attempt that lost its lease")
+                self._kill(running)
+            elif row.cancel_requested_at is not None:
+                running.cancel_seen_at = running.cancel_seen_at or now
+                if now - running.cancel_seen_at > CANCEL_GRACE_S:
+                    self._finish_by_force(running, TaskCancelled(), Outcome.CANCELLED)
+
+    def _end_overruns(self, now: float) -> None:
+        for running in list(self._running.values()):
+            if now - running.began_at > running.limit_s + LIMIT_GRACE_S:
+                error = TimeLimitExceeded(f"The task ran longer than {running.limit_s:g} s.")
+                self._finish_by_force(running, error, Outcome.TIMED_OUT)
+
+    def _take_back_crashed(self) -> None:
+        own = os.getpid()
+        for running in list(self._running.values()):
+            if running.pid == own or _is_alive(running.pid):
+                continue
+            self._take_reports()
+            if self._running.pop(running.claim_id, None) is None:
+                continue
+            with db.transaction() as connection:
+                lost = statements.running_claim(running.task_id, running.claim_id)
+                rescued = lifecycle.rescue(connection, lost, own_process=True)
+            _logger.warning(
+                "the process of a task died", task_id=str(running.task_id), rescued=len(rescued)
+            )
+
+    def _finish_by_force(self, running: Running, error: TaskFailed, outcome: Outcome) -> None:
+        """End an attempt's process, then record why: retried when attempts are left."""
+        if running.pid != os.getpid():
+            self._kill(running)
+        described = lifecycle.error_json(error)
+        with db.transaction() as connection:
+            row = connection.execute(statements.charge(running.task_id)).first()
+            parent_id = row.parent_id if row else None
+            if row and outcome is Outcome.TIMED_OUT and row.failures + 1 < row.max_attempts:
+                lifecycle.requeue(
+                    connection,
+                    running.task_id,
+                    running.claim_id,
+                    outcome,
+                    parent_id=parent_id,
+                    delay_s=lifecycle.backoff_s(row.failures + 1),
+                    failures=1,
+                    error=described,
+                )
+            else:
+                state = State.CANCELLED if outcome is Outcome.CANCELLED else State.FAILED
+                lifecycle.end(
+                    connection,
+                    running.task_id,
+                    running.claim_id,
+                    state,
+                    outcome,
+                    parent_id=parent_id,
+                    error=described,
+                )
+        self._running.pop(running.claim_id, None)
+        _logger.warning("ended a task by force", task_id=str(running.task_id), **described)
+        redis.announce(self._identity.agent, running.task_id, kind="state", state=outcome.value)
+        if running.pid == os.getpid():
+            self._end_process()
+
+    def _kill(self, running: Running) -> None:
+        self._running.pop(running.claim_id, None)
+        if running.pid == os.getpid():
+            self._end_process()
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(running.pid, signal.SIGKILL)
+
+    def _end_drain(self) -> None:
+        self._drain_at = None
+        if any(running.pid == os.getpid() for running in self._running.values()):
+            self._end_process()
+        # Celery's cold shutdown: it ends the children, whose attempts put their tasks back.
+        os.kill(os.getpid(), signal.SIGQUIT)
+
+    def _end_process(self) -> None:
+        """Put back what runs on threads of this process, which cannot be ended singly, and exit."""
+        with contextlib.suppress(DatabaseUnavailable), db.transaction() as connection:
+            for running in self._running.values():
+                lifecycle.requeue(connection, running.task_id, running.claim_id, Outcome.RELEASED)
+            connection.execute(statements.discharge([self._identity.worker_id]))
+        _logger.warning("the worker ends itself; its supervisor starts another")
+        os.kill(os.getpid(), signal.SIGKILL)

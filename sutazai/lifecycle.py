@@ -1,0 +1,236 @@
+"""The verbs of a task's life that take more than one statement, each within one transaction.
+
+They are plain functions of a connection; fronts run them through `AsyncConnection.run_sync`.
+docs/lifecycle.md is the chart. The order of locks is the same everywhere: the parent first, then
+the task, so that two children that end together cannot both overlook each other.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+from uuid import UUID
+
+from sutazai import statements
+from sutazai.bell import Bell
+from sutazai.errors import (
+    DeadlineExceeded,
+    Poison,
+    SutazaiError,
+    TaskFailed,
+    WorkerLost,
+)
+from sutazai.state import Outcome, State
+from sutazai.submission import Submission
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection, Row, Select
+
+
+CRASHES_ALLOWED = 2
+"""The next crash of the task's own process makes it poison."""
+
+SECOND_CRASH_DELAY_S = 5.0
+
+
+class Ended(NamedTuple):
+    """A task that became terminal, for those who wait for it."""
+
+    task_id: UUID
+    agent: str
+
+
+def will_ring(submission: Submission, bell: Bell | None) -> bool:
+    """Whether the caller should publish a notice right after it has committed."""
+    return bool(
+        bell
+        and submission.is_due
+        and bell.room(submission.action.agent, submission.options.priority)
+    )
+
+
+def accept(connection: Connection, submission: Submission, *, rung: bool) -> bool:
+    """Insert a task; False when it is there already. `rung`: the caller rings after the commit."""
+    row = connection.execute(statements.accept(submission.row, rung=rung)).first()
+    return row is not None
+
+
+def end(
+    connection: Connection,
+    task_id: UUID,
+    claim_id: UUID,
+    state: State,
+    outcome: Outcome,
+    *,
+    parent_id: UUID | None = None,
+    result: Mapping[str, Any] | None = None,
+    error: Mapping[str, Any] | None = None,
+) -> bool:
+    """Make a running task terminal and wake its parent; False: this attempt lost its lease."""
+    if parent_id:
+        connection.execute(statements.lock(parent_id))
+    done = connection.execute(
+        statements.finish(task_id, claim_id, state, outcome, result=result, error=error)
+    ).first()
+    if done and parent_id:
+        wake_parent(connection, task_id, parent_id)
+    return done is not None
+
+
+def requeue(
+    connection: Connection,
+    task_id: UUID,
+    claim_id: UUID,
+    outcome: Outcome,
+    *,
+    parent_id: UUID | None = None,
+    **charge: Any,
+) -> bool:
+    """Put a running task back (or end it, when it was cancelled meanwhile)."""
+    if parent_id:
+        connection.execute(statements.lock(parent_id))
+    done = connection.execute(statements.requeue(task_id, claim_id, outcome, **charge)).first()
+    if done and parent_id:
+        wake_parent(connection, task_id, parent_id)
+    return done is not None
+
+
+def delegate(connection: Connection, task_id: UUID, claim_id: UUID, child_id: UUID) -> bool:
+    """Let a running task wait for its child, which may have ended already."""
+    connection.execute(statements.lock(task_id))
+    done = connection.execute(statements.wait_for_child(task_id, claim_id, child_id)).first()
+    if done:
+        wake_parent(connection, child_id, task_id)
+    return done is not None
+
+
+def wake_parent(connection: Connection, task_id: UUID, parent_id: UUID) -> list[Ended]:
+    """Give the outcome of an ended task to the ancestors that wait for it."""
+    woken = []
+    row = connection.execute(statements.advance_parent(task_id, parent_id)).first()
+    while row is not None:
+        woken.append(Ended(row.task_id, row.agent))
+        if row.parent_id is None:
+            break
+        connection.execute(statements.lock(row.parent_id))
+        row = connection.execute(statements.advance_parent(row.task_id, row.parent_id)).first()
+    return woken
+
+
+def cancel(connection: Connection, task_id: UUID) -> list[Ended]:
+    """Cancel a task, and the child it waits for; return what ended at once.
+
+    A running task learns of it through its context, and is ended by force after the grace.
+    """
+    parent_id = connection.execute(statements.parent_of(task_id)).scalar()
+    if parent_id:
+        connection.execute(statements.lock(parent_id))
+    row = connection.execute(statements.cancel(task_id)).first()
+    if row is None:
+        return []
+    if row.state == State.WAITING and row.child_id:
+        return cancel(connection, row.child_id)
+    if row.state != State.CANCELLED:
+        return []
+    return [Ended(task_id, row.agent)] + (
+        wake_parent(connection, task_id, parent_id) if parent_id else []
+    )
+
+
+def expire(connection: Connection, limit: int = 500) -> list[Ended]:
+    """Fail queued tasks whose deadline has passed."""
+    late = connection.execute(statements.past_deadline(limit)).all()
+    if not late:
+        return []
+    _lock_parents(connection, late)
+    error = error_json(DeadlineExceeded("The deadline passed before a worker was free."))
+    gone = []
+    for row in connection.execute(
+        statements.end_queued([row.task_id for row in late], State.FAILED, error)
+    ).all():
+        gone.append(Ended(row.task_id, row.agent))
+        if row.parent_id:
+            gone.extend(wake_parent(connection, row.task_id, row.parent_id))
+    return gone
+
+
+def rescue(connection: Connection, lost: Select[Any], *, own_process: bool = False) -> list[Ended]:
+    """Take back the tasks of dead workers: queued again, or failed when that must not be.
+
+    A crash is charged only when the task's own process died (`own_process`), or its worker died
+    while it ran nothing else; otherwise a neighbour may be to blame.
+    """
+    known = _lock_parents(connection, connection.execute(lost).all())
+    rows = [
+        row
+        for row in connection.execute(lost.with_for_update(skip_locked=True)).all()
+        if row.parent_id is None or row.parent_id in known
+    ]
+    return [
+        Ended(row.task_id, row.agent)
+        for row in rows
+        if _rescue_one(
+            connection,
+            row,
+            charged=own_process or sum(other.worker_id == row.worker_id for other in rows) == 1,
+        )
+    ]
+
+
+def _rescue_one(connection: Connection, row: Row[Any], *, charged: bool) -> bool:
+    crashes = row.crashes + int(charged)
+    fatal: SutazaiError | None = None
+    if not row.rerun_after_crash:
+        fatal = WorkerLost("The worker died while the task ran, and the action must not run twice.")
+    elif crashes > CRASHES_ALLOWED:
+        fatal = Poison(f"The task's process died {crashes} times; it is not tried again.")
+    if fatal:
+        return end(
+            connection,
+            row.task_id,
+            row.claim_id,
+            State.FAILED,
+            Outcome.LOST,
+            parent_id=row.parent_id,
+            error=error_json(fatal),
+        )
+    return requeue(
+        connection,
+        row.task_id,
+        row.claim_id,
+        Outcome.LOST,
+        parent_id=row.parent_id,
+        crashes=int(charged),
+        delay_s=SECOND_CRASH_DELAY_S if charged and crashes > 1 else 0.0,
+        error=error_json(WorkerLost("The worker died while the task ran.")),
+    )
+
+
+def _lock_parents(connection: Connection, rows: Sequence[Row[Any]]) -> set[UUID]:
+    """Lock the parents of rows, in one order, before the rows themselves."""
+    parents = {row.parent_id for row in rows if row.parent_id}
+    for parent_id in sorted(parents):
+        connection.execute(statements.lock(parent_id))
+    return parents
+
+
+def backoff_s(failures: int, *, base_s: float = 1.0, most_s: float = 300.0) -> float:
+    """Return a delay with full jitter: uniform between 0 and an exponentially growing bound.
+
+    Source: M. Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 2015.
+    """
+    return random.uniform(0, min(most_s, base_s * 2 ** min(failures, 20)))  # noqa: S311
+
+
+def error_json(error: BaseException) -> dict[str, Any]:
+    """Return the `error` of a task's JSON: code, message, and whether a new task may help."""
+    if isinstance(error, SutazaiError):
+        code = error.code if isinstance(error, TaskFailed) else "task_failed"
+        message = str(error)
+        retryable = error.retryable
+    else:
+        code = "task_failed"
+        message = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        retryable = True
+    return {"code": code, "message": message.replace("\x00", "�")[:4000], "retryable": retryable}

@@ -1,0 +1,83 @@
+"""Structured logs: one line an event, for people (console) or machines (JSON).
+
+Within a running task every line carries agent, action, task_id and attempt, also lines of the
+standard library's loggers; within a request, request_id.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import structlog
+from structlog.typing import Processor
+
+_SHARED: list[Processor] = [
+    structlog.contextvars.merge_contextvars,
+    structlog.stdlib.add_log_level,
+    structlog.stdlib.add_logger_name,
+    structlog.stdlib.PositionalArgumentsFormatter(),
+    structlog.processors.TimeStamper(fmt="iso", utc=True),
+    structlog.processors.StackInfoRenderer(),
+]
+
+QUIET = (
+    "alembic",
+    "asyncio",
+    "celery.app.trace",
+    "celery.worker.strategy",
+    "httpcore",
+    "httpx",
+    "urllib3",
+    "uvicorn.access",
+)
+"""Loggers whose routine lines tell an operator nothing."""
+
+
+def configure(form: str = "console", level: str = "info") -> None:
+    """Send every log line of this process to standard error, in one form."""
+    if form == "json":
+        renderer: list[Processor] = [
+            structlog.processors.format_exc_info,
+            structlog.processors.JSONRenderer(),
+        ]
+    else:
+        renderer = [
+            structlog.dev.ConsoleRenderer(
+                colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
+            )
+        ]
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=_SHARED,
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *renderer],
+        )
+    )
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level.upper())
+    for name in QUIET:
+        logging.getLogger(name).setLevel(max(logging.WARNING, root.level))
+    structlog.configure(
+        processors=[*_SHARED, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+        cache_logger_on_first_use=False,
+    )
+
+
+def get(name: str, **bound: Any) -> structlog.stdlib.BoundLogger:
+    """Return a logger; the name is the module's."""
+    logger: structlog.stdlib.BoundLogger = structlog.stdlib.get_logger(name, **bound)
+    return logger
+
+
+@contextmanager
+def fields(**values: Any) -> Iterator[None]:
+    """Add fields to every line that is logged within, on this thread or in this asyncio task."""
+    with structlog.contextvars.bound_contextvars(**values):
+        yield

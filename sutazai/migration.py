@@ -1,0 +1,53 @@
+"""Migrations: bringing the database to the schema that this version needs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from alembic import command
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import text
+from sqlalchemy.exc import SQLAlchemyError
+
+from sutazai import db
+from sutazai.errors import DatabaseUnavailable
+
+_LOCK = 0x5A7A2A1
+"""Advisory lock, so that several processes that migrate at once take turns."""
+
+
+def migrate() -> str:
+    """Bring the schema up to date, and return its revision; raises `DatabaseUnavailable`."""
+    try:
+        with db.migrator().connect() as connection:
+            connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": _LOCK})
+            connection.commit()
+            command.upgrade(_config(), "head")
+    except SQLAlchemyError as error:
+        raise DatabaseUnavailable(f"The migration failed: {error}") from error
+    return wanted()
+
+
+def current() -> str | None:
+    """Return the revision of the database; None: it was never migrated."""
+    with db.transaction() as connection:
+        return MigrationContext.configure(connection).get_current_revision()
+
+
+def wanted() -> str:
+    """Return the revision that this version needs."""
+    return ScriptDirectory.from_config(_config()).get_current_head() or ""
+
+
+def _config() -> Config:
+    package = Path(__file__).parent
+    folder = next(
+        path
+        for path in (package / "migrations", package.parent / "migrations")
+        if (path / "env.py").exists()
+    )
+    config = Config()
+    config.set_main_option("script_location", str(folder))
+    return config

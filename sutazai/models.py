@@ -1,0 +1,229 @@
+"""The tables of the platform; agents that keep data of their own add tables to `metadata`."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from uuid import UUID
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Column,
+    Computed,
+    DateTime,
+    Double,
+    Index,
+    Integer,
+    MetaData,
+    SmallInteger,
+    Table,
+    Text,
+    Uuid,
+    text,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+
+from sutazai.state import TERMINAL, State
+
+metadata = MetaData(
+    naming_convention={
+        "pk": "%(table_name)s_pkey",
+        "ck": "%(table_name)s_%(constraint_name)s_check",
+        "uq": "%(table_name)s_%(column_0_name)s_key",
+    }
+)
+
+Instant = DateTime(timezone=True)
+_NOW = text("now()")
+
+# The first columns are those of the task's JSON, in its order, because people read this table with
+# psql; what follows is the platform's own bookkeeping.
+tasks = Table(
+    "tasks",
+    metadata,
+    Column("task_id", Uuid, primary_key=True),
+    Column("agent", Text, nullable=False),
+    Column("action", Text, nullable=False),
+    Column("state", Text, nullable=False, server_default=State.QUEUED.value),
+    Column("priority", SmallInteger, nullable=False, server_default="5"),
+    Column("params", JSONB(none_as_null=True), nullable=False, server_default=text("'{}'::jsonb")),
+    Column("result", JSONB(none_as_null=True)),
+    Column("error", JSONB(none_as_null=True)),
+    Column("progress", JSONB(none_as_null=True)),
+    Column("attempt", Integer, nullable=False, server_default="0"),
+    Column("max_attempts", Integer, nullable=False, server_default="1"),
+    Column("parent_id", Uuid),
+    Column("retry_of", Uuid),
+    Column("scheduled_by", Text),
+    Column("labels", JSONB(none_as_null=True), nullable=False, server_default=text("'{}'::jsonb")),
+    Column("idempotency_key", Text),
+    Column("created_at", Instant, nullable=False, server_default=_NOW),
+    Column("run_at", Instant, nullable=False, server_default=_NOW),
+    Column("started_at", Instant),
+    Column("finished_at", Instant),
+    Column("deadline_at", Instant),
+    Column("cancel_requested_at", Instant),
+    Column(
+        "wait_seconds",
+        Double,
+        Computed("extract(epoch from started_at - greatest(created_at, run_at))", persisted=True),
+    ),
+    Column(
+        "run_seconds",
+        Double,
+        Computed("extract(epoch from finished_at - started_at)", persisted=True),
+    ),
+    Column("time_limit_s", Double, nullable=False, server_default="60"),
+    Column("rerun_after_crash", Boolean, nullable=False, server_default=text("true")),
+    Column("failures", Integer, nullable=False, server_default="0"),
+    Column("crashes", Integer, nullable=False, server_default="0"),
+    Column("host", Text),
+    Column("tick_at", Instant),
+    Column("call_index", Integer),
+    Column("child_id", Uuid),
+    Column("source", Text, nullable=False, server_default="api"),
+    # The fence: made anew by each claim, so that a late attempt can be told from the current one.
+    Column("claim_id", Uuid),
+    Column("worker", Text),
+    Column("worker_id", Uuid),
+    Column("lease_expires_at", Instant),
+    # next_ring_at is NULL while the row must not be rung: it runs, has ended, or is not yet due.
+    Column("rings", Integer, nullable=False, server_default="0"),
+    Column("next_ring_at", Instant),
+    CheckConstraint(f"state IN ({', '.join(repr(s.value) for s in State)})", name="state"),
+    CheckConstraint("priority BETWEEN 0 AND 9", name="priority"),
+)
+
+_QUEUED = tasks.c.state == State.QUEUED.value
+
+# UUIDv7 ids grow with time, so task_id stands for age wherever order matters.
+Index(
+    "tasks_unrung",
+    tasks.c.agent,
+    tasks.c.priority.desc(),
+    tasks.c.task_id,
+    postgresql_where=_QUEUED & (tasks.c.rings == 0) & tasks.c.next_ring_at.is_not(None),
+)
+Index(
+    "tasks_rung",
+    tasks.c.agent,
+    tasks.c.next_ring_at,
+    postgresql_where=_QUEUED & (tasks.c.rings > 0),
+)
+Index(
+    "tasks_not_due",
+    tasks.c.run_at,
+    postgresql_where=_QUEUED & tasks.c.next_ring_at.is_(None),
+)
+Index(
+    "tasks_deadline",
+    tasks.c.deadline_at,
+    postgresql_where=_QUEUED & tasks.c.deadline_at.is_not(None),
+)
+Index(
+    "tasks_lease",
+    tasks.c.lease_expires_at,
+    postgresql_where=tasks.c.state == State.RUNNING.value,
+)
+Index("tasks_agent", tasks.c.agent, tasks.c.task_id)
+Index("tasks_parent", tasks.c.parent_id, postgresql_where=tasks.c.parent_id.is_not(None))
+Index("tasks_finished", tasks.c.finished_at, postgresql_where=tasks.c.finished_at.is_not(None))
+Index(
+    "tasks_call",
+    tasks.c.parent_id,
+    tasks.c.call_index,
+    unique=True,
+    postgresql_where=tasks.c.call_index.is_not(None),
+)
+Index(
+    "tasks_tick",
+    tasks.c.scheduled_by,
+    tasks.c.tick_at,
+    text("coalesce(host, '')"),
+    unique=True,
+    postgresql_where=tasks.c.tick_at.is_not(None),
+)
+
+attempts = Table(
+    "attempts",
+    metadata,
+    Column("task_id", Uuid, primary_key=True),
+    Column("attempt", Integer, primary_key=True),
+    Column("claim_id", Uuid, nullable=False),
+    Column("worker", Text, nullable=False),
+    Column("started_at", Instant, nullable=False),
+    Column("ended_at", Instant, nullable=False, server_default=_NOW),
+    Column("outcome", Text, nullable=False),
+    Column("error", JSONB(none_as_null=True)),
+)
+
+workers = Table(
+    "workers",
+    metadata,
+    Column("worker_id", Uuid, primary_key=True),
+    Column("name", Text, nullable=False),
+    Column("agent", Text, nullable=False),
+    Column("host", Text, nullable=False),
+    Column("pid", Integer, nullable=False),
+    # pids are comparable only under an equal boot id and pid namespace; process_started_at tells a
+    # reused pid from the old one.
+    Column("boot_id", Text, nullable=False),
+    Column("pid_namespace", Text, nullable=False),
+    Column("process_started_at", Double, nullable=False),
+    Column("slots", Integer, nullable=False),
+    Column("running", Integer, nullable=False, server_default="0"),
+    Column("claims", BigInteger, nullable=False, server_default="0"),
+    Column("consuming", Boolean, nullable=False, server_default=text("true")),
+    Column("started_at", Instant, nullable=False, server_default=_NOW),
+    Column("heartbeat_at", Instant, nullable=False, server_default=_NOW),
+    Column("claimed_at", Instant),
+    Column("stopped_at", Instant),
+)
+Index("workers_agent", workers.c.agent, workers.c.heartbeat_at)
+
+services = Table(
+    "services",
+    metadata,
+    Column("kind", Text, primary_key=True),
+    Column("instance", Text, primary_key=True),
+    Column("heartbeat_at", Instant, nullable=False, server_default=_NOW),
+)
+
+queues = Table(
+    "queues",
+    metadata,
+    Column("agent", Text, primary_key=True),
+    Column("paused", Boolean, nullable=False, server_default=text("false")),
+)
+
+schedules = Table(
+    "schedules",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("agent", Text, nullable=False),
+    Column("action", Text, nullable=False),
+    Column("params", JSONB, nullable=False, server_default=text("'{}'::jsonb")),
+    Column("every_s", Double, nullable=False),
+    Column("each_host", Boolean, nullable=False, server_default=text("false")),
+    Column("time_limit_s", Double, nullable=False, server_default="60"),
+    Column("enabled", Boolean, nullable=False, server_default=text("true")),
+    Column("last_tick_at", Instant),
+    CheckConstraint("every_s >= 1", name="every_s"),
+)
+
+IS_TERMINAL = tasks.c.state.in_(TERMINAL)
+
+
+def new_id() -> UUID:
+    """Return a UUIDv7 (RFC 9562): 48 bits of milliseconds, its fraction, then chance.
+
+    The 12 bits after the version hold the fraction of the millisecond (the RFC's method 3), so ids
+    made by one process within a millisecond keep their order.
+    """
+    nanoseconds = time.time_ns()
+    milliseconds, rest = divmod(nanoseconds, 1_000_000)
+    fraction = rest * 4096 // 1_000_000
+    value = milliseconds << 80 | 0x7 << 76 | fraction << 64 | 0b10 << 62 | secrets.randbits(62)
+    return UUID(int=value)

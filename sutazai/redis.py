@@ -1,0 +1,92 @@
+"""The one Redis client: samples, registry, signals. Its absence degrades, it never fails a task.
+
+The broker is Celery's business; this is for what may be lost: the latest hardware sample, the
+registry of live agents, and the signals that wake waiting clients sooner than polling would.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+from uuid import UUID
+
+import redis as library
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from sutazai import log, payload
+from sutazai.settings import settings
+
+if TYPE_CHECKING:
+    from redis.asyncio import Redis as AsyncRedis
+
+T = TypeVar("T")
+
+PAUSE_AFTER_FAILURE_S = 2.0
+"""After a failure Redis is left alone for this long, so that its absence costs no time-outs."""
+
+_OPTIONS: dict[str, Any] = {
+    "decode_responses": True,
+    "socket_timeout": 1.0,
+    "socket_connect_timeout": 1.0,
+    "socket_keepalive": True,
+}
+
+_logger = log.get(__name__)
+_client: library.Redis | None = None
+_silent_until = 0.0
+
+
+def client() -> library.Redis | None:
+    """Return this process's client, or None where no Redis is configured."""
+    global _client  # noqa: PLW0603 - one connection pool a process
+    url = settings().signals_url
+    if _client is None and url:
+        _client = library.Redis.from_url(url, retry=Retry(NoBackoff(), 1), **_OPTIONS)
+    return _client
+
+
+def asynchronous() -> AsyncRedis | None:
+    """Return a client for an event loop, or None without Redis; the caller closes it."""
+    from redis.asyncio import Redis as AsyncRedis  # noqa: PLC0415 - only fronts need it
+
+    url = settings().signals_url
+    if not url:
+        return None
+    made: AsyncRedis = AsyncRedis.from_url(url, **{**_OPTIONS, "socket_timeout": None})
+    return made
+
+
+def attempt(call: Callable[[library.Redis], T]) -> T | None:
+    """Run a call and return its result, or None when Redis is absent or does not answer."""
+    global _silent_until  # noqa: PLW0603 - the breaker is one a process
+    connection = client()
+    if connection is None or time.monotonic() < _silent_until:
+        return None
+    try:
+        return call(connection)
+    except (library.RedisError, OSError) as error:
+        _silent_until = time.monotonic() + PAUSE_AFTER_FAILURE_S
+        _logger.warning("redis does not answer", error=str(error))
+        return None
+
+
+def events_channel(agent: str) -> str:
+    """Return the channel on which an agent's task events are published."""
+    return f"events:{agent}"
+
+
+def announce(agent: str, task_id: UUID, **event: Any) -> None:
+    """Publish an event of a task for those who wait or watch; losing it costs them a poll."""
+    text = payload.dumps({"task_id": str(task_id), **event})
+    attempt(lambda connection: connection.publish(events_channel(agent), text))
+
+
+def _forget() -> None:
+    global _client  # noqa: PLW0603 - a connection may not be shared with a forked child
+    _client = None
+
+
+os.register_at_fork(after_in_child=_forget)

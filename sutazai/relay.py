@@ -1,0 +1,172 @@
+"""The relay: rings what is due, rescues what is lost, ends what is too late, prunes what is old.
+
+Any number of relays may run: rows are taken with SKIP LOCKED, so a second one is harmless and the
+first one's death costs nothing. It heals whatever the broker loses, because the rows are the truth.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+from sutazai import db, lifecycle, log, redis, statements
+from sutazai.bell import WINDOWS_KEY, Bell, Notice, window
+from sutazai.errors import DatabaseUnavailable
+from sutazai.settings import settings
+from sutazai.state import State
+
+if TYPE_CHECKING:
+    from sqlalchemy import Row
+
+
+IDLE_PASS_S = 1.0
+BUSY_PASS_S = 0.1
+HEARTBEAT_S = 5.0
+RESCUE_EACH_S = 2.0
+PRUNE_EACH_S = 60.0
+STEADY_S = 10.0
+"""Leases are judged only after so long of unbroken connection: an outage charges nobody."""
+
+CHUNK = 1000
+RETENTION_S = 30 * 86_400.0
+SCHEDULED_RETENTION_S = 86_400.0
+WORKERS_RETENTION_S = 86_400.0
+
+BROKER_KEY = "sutazai:broker"
+"""Holds the broker's run id. Gone or different, the broker has lost its queues."""
+
+_logger = log.get(__name__)
+
+
+class Relay:
+    """One relay; `run` until `stop`."""
+
+    def __init__(self, bell: Bell) -> None:
+        self._bell = bell
+        self._instance = f"{settings().host}:{uuid4()}"
+        self._stopping = threading.Event()
+        self._steady_since: float | None = None
+        self._served_at = self._rescued_at = self._pruned_at = 0.0
+        self._claims: dict[str, tuple[float, int]] = {}
+        self._windows: dict[str, int] = {}
+
+    def stop(self) -> None:
+        """End `run` soon."""
+        self._stopping.set()
+
+    def run(self) -> None:
+        """Pass after pass, until stopped; an unreachable PostgreSQL is waited for."""
+        pause_s = IDLE_PASS_S
+        while not self._stopping.wait(pause_s):
+            try:
+                pause_s = BUSY_PASS_S if self.round() else IDLE_PASS_S
+            except DatabaseUnavailable as error:
+                self._steady_since = None
+                pause_s = IDLE_PASS_S
+                _logger.warning("waiting for PostgreSQL", reason=str(error))
+            except Exception:
+                # One faulty row must not keep all others from being rung.
+                pause_s = IDLE_PASS_S
+                _logger.exception("the relay failed in one pass")
+        self._retire()
+
+    def round(self) -> int:
+        """Do one pass; return how many notices were rung."""
+        now = time.monotonic()
+        self._steady_since = self._steady_since or now
+        with db.transaction() as connection:
+            if now - self._served_at >= HEARTBEAT_S:
+                self._served_at = now
+                connection.execute(statements.serve("relay", self._instance))
+            connection.execute(statements.become_due(CHUNK))
+            agents = connection.execute(statements.busy_agents()).all()
+        self._notice_broker_loss()
+        rung = sum(self._ring(row) for row in agents)
+        if now - self._rescued_at >= RESCUE_EACH_S:
+            self._rescued_at = now
+            self._end_late()
+            if now - self._steady_since >= STEADY_S:
+                self._rescue()
+        if now - self._pruned_at >= PRUNE_EACH_S:
+            self._pruned_at = now
+            self._prune()
+        return rung
+
+    def _ring(self, agent: Row[tuple[str, int, int]]) -> int:
+        """Fill one queue up to its window; the broker's own depth decides."""
+        depth = self._bell.depth(agent.agent)
+        if depth is None:
+            return 0
+        room = self._window(agent) - depth
+        with db.transaction() as connection:
+            overdue = statements.ring_overdue(agent.agent, CHUNK, queue_empty=depth == 0)
+            rows = list(connection.execute(overdue))
+            if room - len(rows) > 0:
+                rows += connection.execute(statements.ring_unrung(agent.agent, room - len(rows)))
+        # PostgreSQL does not promise the order of RETURNING; notices go out by priority, then age.
+        notices = sorted((Notice(*row) for row in rows), key=lambda n: (-n.priority, n.task_id))
+        self._bell.ring(notices)
+        return len(notices)
+
+    def _window(self, agent: Row[tuple[str, int, int]]) -> int:
+        now = time.monotonic()
+        then, claims = self._claims.get(agent.agent, (now, agent.claims))
+        drained_per_s = max(0, agent.claims - claims) / (now - then) if now > then else 0.0
+        if agent.agent not in self._claims or now - then >= 2.0:
+            self._claims[agent.agent] = (now, agent.claims)
+            size = window(drained_per_s, agent.slots)
+            if size != self._windows.get(agent.agent):
+                self._windows[agent.agent] = size
+                redis.attempt(lambda client: client.hset(WINDOWS_KEY, agent.agent, str(size)))
+        return self._windows[agent.agent]
+
+    def _notice_broker_loss(self) -> None:
+        """Make rung rows due when Redis has restarted or was emptied; commit first, mark after."""
+        if not (settings().broker_url or "").startswith(("redis", "sentinel")):
+            return
+        found = redis.attempt(
+            lambda client: (client.info("server")["run_id"], client.get(BROKER_KEY))
+        )
+        if found is None or found[0] == found[1]:
+            return
+        with db.transaction() as connection:
+            again = connection.execute(statements.ring_again()).rowcount
+        redis.attempt(lambda client: client.set(BROKER_KEY, found[0]))
+        if again:
+            _logger.warning("the broker lost its queues; ringing again", rows=again)
+
+    def _end_late(self) -> None:
+        with db.transaction() as connection:
+            ended = lifecycle.expire(connection)
+        _announce(ended)
+
+    def _rescue(self) -> None:
+        with db.transaction() as connection:
+            rescued = lifecycle.rescue(connection, statements.lease_expired(CHUNK))
+        if rescued:
+            _logger.warning("took back tasks of lost workers", rescued=len(rescued))
+
+    def _prune(self) -> None:
+        for after_s, scheduled in ((RETENTION_S, False), (SCHEDULED_RETENTION_S, True)):
+            with db.transaction() as connection:
+                connection.execute(
+                    statements.prune(after_s=after_s, scheduled=scheduled, limit=CHUNK)
+                )
+        with db.transaction() as connection:
+            connection.execute(statements.prune_workers(WORKERS_RETENTION_S))
+            connection.execute(statements.prune_services(WORKERS_RETENTION_S))
+
+    def _retire(self) -> None:
+        try:
+            with db.transaction() as connection:
+                connection.execute(statements.retire("relay", self._instance))
+        except DatabaseUnavailable as error:
+            _logger.warning("left without a goodbye", reason=str(error))
+
+
+def _announce(ended: Sequence[lifecycle.Ended]) -> None:
+    for gone in ended:
+        redis.announce(gone.agent, gone.task_id, kind="state", state=State.FAILED.value)

@@ -1,0 +1,218 @@
+"""The bell on Celery: publishes notices from a thread of its own, many to a round trip."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import queue
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from celery import Celery
+from celery.utils.nodenames import worker_direct
+from kombu.exceptions import KombuError
+
+from sutazai import db, log, redis, statements
+from sutazai.bell import NOTICE_HEADER, WINDOW_MAX, WINDOW_MIN, WINDOWS_KEY, Notice
+from sutazai.errors import DatabaseUnavailable
+
+SECOND_NET_S = 10.0
+"""Celery's own hard time limit lies this far beyond the task's, which the keeper enforces."""
+
+_logger = log.get(__name__)
+
+
+class CeleryBell:
+    """Publishes notices from a thread of its own, many to a round trip."""
+
+    def __init__(self, app: Celery) -> None:
+        self._app = app
+        self._waiting: queue.SimpleQueue[Notice | None] = queue.SimpleQueue()
+        self._depths: dict[str, dict[int, int]] = {}
+        self._windows: dict[str, int] = {}
+        self._measured_at: dict[str, float] = {}
+        self._in_hand = 0
+        self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
+        self._connection: Any = None
+        self._reading: Any = None
+
+    def room(self, agent: str, priority: int) -> bool:
+        """Whether one more notice may be published; see `Bell.room`."""
+        levels = self._depths.get(agent)
+        if levels is None or time.monotonic() - self._measured_at[agent] > 1.0:
+            self._start()
+            self._measured_at.setdefault(agent, 0.0)
+            if levels is None:
+                return self._in_hand < WINDOW_MIN
+        if not levels.get(priority, 0) and self._in_hand < WINDOW_MAX:
+            return True
+        return sum(levels.values()) < self._windows.get(agent, WINDOW_MIN)
+
+    def depth(self, agent: str) -> int | None:
+        """How many notices lie on the queue; see `Bell.depth`."""
+        try:
+            if self._reading is None:
+                self._reading = self._app.connection_for_read()
+            return sum(self._levels(self._reading.default_channel, agent).values())
+        except self._faults as error:
+            _logger.warning("the broker does not answer", error=str(error))
+            with contextlib.suppress(Exception):
+                self._reading.collapse()
+            self._reading = None
+            return None
+
+    def ring(self, notices: Sequence[Notice]) -> None:
+        """Hand notices to the thread; see `Bell.ring`."""
+        self._start()
+        for notice in notices:
+            levels = self._depths.get(notice.agent)
+            if levels is not None:
+                levels[notice.priority] = levels.get(notice.priority, 0) + 1
+            self._in_hand += 1
+            self._waiting.put(notice)
+
+    def close(self, timeout_s: float = 5.0) -> None:
+        """Publish what is in hand, and end the thread."""
+        if self._thread is not None:
+            self._waiting.put(None)
+            self._thread.join(timeout_s)
+            self._thread = None
+
+    def _start(self) -> None:
+        if self._thread is None or not self._thread.is_alive():
+            with self._lock:
+                if self._thread is None or not self._thread.is_alive():
+                    self._thread = threading.Thread(target=self._run, name="bell", daemon=True)
+                    self._thread.start()
+                    # A short command must not end before its notice is out.
+                    atexit.register(self.close)
+
+    def _run(self) -> None:
+        while True:
+            batch = self._next_batch()
+            if batch:
+                self._publish(batch)
+                self._in_hand = max(0, self._in_hand - len(batch))
+            self._measure()
+            if batch is None:
+                return
+
+    def _next_batch(self, most: int = 500) -> list[Notice] | None:
+        """Wait for notices, at most a second; None: the bell is being closed."""
+        batch: list[Notice] = []
+        with contextlib.suppress(queue.Empty):
+            first = self._waiting.get(timeout=1.0 if self._measured_at else 30.0)
+            while first is not None:
+                batch.append(first)
+                if len(batch) >= most:
+                    return batch
+                first = self._waiting.get_nowait()
+            if not batch:
+                return None
+            self._waiting.put(None)
+        return batch
+
+    def _publish(self, batch: Sequence[Notice]) -> None:
+        try:
+            producer = self._producer()
+            with producer.batch(max_size=len(batch)):
+                for notice in batch:
+                    _publish_notice(producer, notice)
+        except self._faults as error:
+            _logger.warning("the broker does not answer; the relay will ring", error=str(error))
+            self._drop()
+            with contextlib.suppress(DatabaseUnavailable), db.transaction() as connection:
+                connection.execute(statements.ring_failed([notice.task_id for notice in batch]))
+
+    def _measure(self) -> None:
+        """Learn the depths of the queues that were asked about, at most once a second."""
+        now = time.monotonic()
+        due = [agent for agent, at in self._measured_at.items() if now - at > 1.0]
+        if not due:
+            return
+        try:
+            channel = self._producer().channel
+            for agent in due:
+                self._depths[agent] = self._levels(channel, agent)
+                self._measured_at[agent] = now
+        except self._faults:
+            self._drop()
+            for agent in due:
+                self._measured_at[agent] = now
+        windows = redis.attempt(lambda client: client.hgetall(WINDOWS_KEY)) or {}
+        self._windows = {str(agent): int(size) for agent, size in windows.items()}
+
+    def _producer(self) -> Any:
+        if self._connection is None:
+            self._connection = self._app.connection_for_write()
+            self._made = self._app.amqp.Producer(self._connection, auto_declare=False)
+        return self._made
+
+    def _drop(self) -> None:
+        with contextlib.suppress(Exception):
+            self._connection.collapse()
+        self._connection = None
+
+    @property
+    def _faults(self) -> tuple[type[BaseException], ...]:
+        """Whatever the broker's driver raises when it does not answer."""
+        transport = self._app.connection_for_write().transport
+        return (KombuError, OSError, *transport.connection_errors, *transport.channel_errors)
+
+    @staticmethod
+    def _levels(channel: Any, agent: str) -> dict[int, int]:
+        """Return the depth of each priority level of a queue, by our numbers."""
+        if hasattr(channel, "priority_steps"):
+            with channel.conn_or_acquire() as client, client.pipeline(transaction=False) as pipe:
+                for step in channel.priority_steps:
+                    pipe.llen(channel._q_for_pri(agent, step))
+                return {
+                    9 - step: n
+                    for step, n in zip(channel.priority_steps, pipe.execute(), strict=True)
+                }
+        return {0: channel.queue_declare(agent, passive=True).message_count}
+
+
+_EMPTY_BODY = '[[], {}, {"callbacks": null, "errbacks": null, "chain": null, "chord": null}]'
+
+
+def _publish_notice(producer: Any, notice: Notice) -> None:
+    task_id = str(notice.task_id)
+    routing_key = notice.agent
+    if notice.host:
+        routing_key = worker_direct(f"{notice.agent}@{notice.host}").name
+    producer.publish(
+        _EMPTY_BODY,
+        exchange="",
+        routing_key=routing_key,
+        priority=_broker_priority(producer, notice.priority),
+        content_type="application/json",
+        content_encoding="utf-8",
+        correlation_id=task_id,
+        delivery_mode=2,
+        headers={
+            "lang": "py",
+            "task": f"{notice.agent}.{notice.action}",
+            "id": task_id,
+            "root_id": task_id,
+            "parent_id": None,
+            "group": None,
+            "retries": 0,
+            "eta": None,
+            "expires": None,
+            "timelimit": [notice.time_limit_s + SECOND_NET_S, None],
+            "argsrepr": "",
+            "kwargsrepr": notice.summary,
+            "origin": "sutazai",
+            "ignore_result": True,
+            NOTICE_HEADER: 1,
+        },
+    )
+
+
+def _broker_priority(producer: Any, priority: int) -> int:
+    """Turn our priority (9 most urgent) into the broker's: Redis serves 0 first, RabbitMQ 9."""
+    return 9 - priority if hasattr(producer.channel, "priority_steps") else priority

@@ -1,0 +1,861 @@
+"""Every SQL statement of the platform: one function a verb, which builds it and runs nothing.
+
+Statements have no colour: fronts run them on an event loop, workers on a thread (db.py). The rules
+they hold are those of docs/lifecycle.md. Time is always the database's (`now()`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import (
+    Delete,
+    Insert,
+    Select,
+    Text,
+    TextClause,
+    Update,
+    Uuid,
+    and_,
+    case,
+    cast,
+    delete,
+    exists,
+    func,
+    literal,
+    or_,
+    select,
+    text,
+    tuple_,
+    update,
+)
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB, aggregate_order_by, insert
+from sqlalchemy.sql import ColumnElement
+
+from sutazai.models import IS_TERMINAL, attempts, queues, schedules, services, tasks, workers
+from sutazai.state import Outcome, State
+
+LEASE_S = 30.0
+"""How long a claim holds without being extended."""
+
+FIRST_RING_S = 15.0
+"""How long after a ring the row is rung again; it doubles each time up to `LAST_RING_S`."""
+
+LAST_RING_S = 600.0
+
+DEPTH_LIMIT = 10_000
+"""Counting of due tasks stops here; beyond it a depth is only known to be larger."""
+
+WORKER_DEAD_S = 8.0
+"""A worker whose heartbeat is older than this is dead for health (for rescue, the lease counts)."""
+
+_NOW = func.now()
+_QUEUED = tasks.c.state == State.QUEUED.value
+_RUNNING = tasks.c.state == State.RUNNING.value
+_NOTICE = (
+    tasks.c.task_id,
+    tasks.c.agent,
+    tasks.c.action,
+    tasks.c.priority,
+    tasks.c.host,
+    tasks.c.time_limit_s,
+    func.left(cast(tasks.c.params, Text), 100).label("summary"),
+)
+
+
+def _seconds(amount: float | ColumnElement[Any]) -> ColumnElement[Any]:
+    """Return an interval of so many seconds."""
+    return func.make_interval(0, 0, 0, 0, 0, 0, amount)
+
+
+_AFTER_RING = _seconds(
+    func.least(LAST_RING_S, FIRST_RING_S * func.power(2.0, func.least(tasks.c.rings, 10)))
+)
+_LAST_RUNG_AT = tasks.c.next_ring_at - _seconds(
+    func.least(LAST_RING_S, FIRST_RING_S * func.power(2.0, func.least(tasks.c.rings - 1, 10)))
+)
+
+
+# --- accept ---------------------------------------------------------------------------------
+
+
+def accept(row: Mapping[str, Any], *, rung: bool) -> Insert:
+    """Insert a task; a second one of the same parent's n-th call or the same tick does nothing.
+
+    `rung`: whether the caller publishes a notice right after the commit. `deadline_in_s` in the
+    row is a deadline by the database's clock. Returns the id if it was inserted.
+    """
+    due = func.coalesce(row.get("run_at"), _NOW) <= _NOW
+    ring_at = _NOW + _seconds(FIRST_RING_S) if rung else _NOW
+    in_s = row.get("deadline_in_s")
+    values = {
+        **{name: value for name, value in row.items() if name != "deadline_in_s"},
+        **({} if in_s is None else {"deadline_at": _NOW + _seconds(in_s)}),
+        "rings": int(rung),
+        "next_ring_at": case((due, ring_at), else_=None) if row.get("run_at") else ring_at,
+    }
+    return insert(tasks).values(values).on_conflict_do_nothing().returning(tasks.c.task_id)
+
+
+def child_of(parent_id: UUID, call_index: int) -> Select[Any]:
+    """Find the child that a parent's n-th call made."""
+    return select(tasks.c.task_id).where(
+        tasks.c.parent_id == parent_id, tasks.c.call_index == call_index
+    )
+
+
+# --- ring -----------------------------------------------------------------------------------
+
+
+def ring_unrung(agent: str, limit: int) -> Update:
+    """Take the next rows of a queue that were never rung: priority, then age."""
+    chosen = (
+        select(tasks.c.task_id)
+        .where(
+            _QUEUED,
+            tasks.c.agent == agent,
+            tasks.c.rings == 0,
+            tasks.c.next_ring_at <= _NOW,
+        )
+        .order_by(tasks.c.priority.desc(), tasks.c.task_id)
+        .limit(limit)
+        .with_for_update(skip_locked=True)
+        .cte("chosen")
+    )
+    return _ring(chosen)
+
+
+def ring_overdue(agent: str, limit: int, *, queue_empty: bool) -> Update:
+    """Take rows of a queue whose notice brought no claim.
+
+    While the broker's queue is empty their notice is certainly gone, so back-off does not count.
+    """
+    overdue: ColumnElement[bool] = tasks.c.next_ring_at <= _NOW
+    if queue_empty:
+        overdue = or_(overdue, _NOW - _seconds(FIRST_RING_S) >= _LAST_RUNG_AT)
+    chosen = (
+        select(tasks.c.task_id)
+        .where(_QUEUED, tasks.c.agent == agent, tasks.c.rings > 0, overdue)
+        .order_by(tasks.c.next_ring_at)
+        .limit(limit)
+        .with_for_update(skip_locked=True)
+        .cte("chosen")
+    )
+    return _ring(chosen)
+
+
+def _ring(chosen: Any) -> Update:
+    return (
+        update(tasks)
+        .where(tasks.c.task_id.in_(select(chosen.c.task_id)))
+        .values(rings=tasks.c.rings + 1, next_ring_at=_NOW + _AFTER_RING)
+        .returning(*_NOTICE)
+    )
+
+
+def ring_failed(task_ids: Sequence[UUID]) -> Update:
+    """Make rows whose notice could not be published due again after a second, without doubling."""
+    return (
+        update(tasks)
+        .where(_QUEUED, tasks.c.task_id.in_(task_ids), tasks.c.rings > 0)
+        .values(rings=tasks.c.rings - 1, next_ring_at=_NOW + _seconds(1.0))
+    )
+
+
+def ring_again() -> Update:
+    """After the broker lost its queues: every row that was rung is due now."""
+    return update(tasks).where(_QUEUED, tasks.c.rings > 0).values(next_ring_at=_NOW)
+
+
+def ring_agent_again(agent: str) -> Update:
+    """After a worker's death, which may have held notices: its queue's rung rows are due now."""
+    return (
+        update(tasks)
+        .where(_QUEUED, tasks.c.agent == agent, tasks.c.rings > 0)
+        .values(next_ring_at=_NOW)
+    )
+
+
+def become_due(limit: int) -> Update:
+    """Let rows whose time has come be rung."""
+    chosen = (
+        select(tasks.c.task_id)
+        .where(_QUEUED, tasks.c.next_ring_at.is_(None), tasks.c.run_at <= _NOW)
+        .order_by(tasks.c.run_at)
+        .limit(limit)
+        .with_for_update(skip_locked=True)
+        .cte("chosen")
+    )
+    return (
+        update(tasks)
+        .where(tasks.c.task_id.in_(select(chosen.c.task_id)))
+        .values(rings=0, next_ring_at=_NOW)
+    )
+
+
+# --- claim, extend --------------------------------------------------------------------------
+
+
+def claim(
+    task_id: UUID, *, agent: str, claim_id: UUID, worker: str, worker_id: UUID, host: str
+) -> Update:
+    """Start an attempt, if the task is due here; no row: a stale, doubled or foreign notice."""
+    paused = exists().where(queues.c.agent == agent, queues.c.paused)
+    return (
+        update(tasks)
+        .where(
+            tasks.c.task_id == task_id,
+            tasks.c.agent == agent,
+            _QUEUED,
+            tasks.c.run_at <= _NOW,
+            or_(tasks.c.deadline_at.is_(None), tasks.c.deadline_at > _NOW),
+            or_(tasks.c.host.is_(None), tasks.c.host == host),
+            tasks.c.cancel_requested_at.is_(None),
+            ~paused,
+        )
+        .values(
+            state=State.RUNNING.value,
+            attempt=tasks.c.attempt + 1,
+            claim_id=claim_id,
+            worker=worker,
+            worker_id=worker_id,
+            started_at=_NOW,
+            lease_expires_at=_NOW + _seconds(LEASE_S),
+            next_ring_at=None,
+        )
+        .returning(
+            tasks.c.task_id,
+            tasks.c.action,
+            tasks.c.params,
+            tasks.c.attempt,
+            tasks.c.failures,
+            tasks.c.max_attempts,
+            tasks.c.time_limit_s,
+            tasks.c.created_at,
+            tasks.c.deadline_at,
+            tasks.c.parent_id,
+        )
+    )
+
+
+def extend(claims: Sequence[tuple[UUID, UUID]]) -> Update:
+    """Extend the leases of running (task, claim) pairs; a pair not returned has lost its task."""
+    return (
+        update(tasks)
+        .where(_RUNNING, tuple_(tasks.c.task_id, tasks.c.claim_id).in_(claims))
+        .values(lease_expires_at=_NOW + _seconds(LEASE_S))
+        .returning(tasks.c.task_id, tasks.c.claim_id, tasks.c.cancel_requested_at)
+    )
+
+
+def progress(task_id: UUID, claim_id: UUID, fraction: float, message: str) -> Update:
+    """Record how far a running task has come."""
+    return (
+        update(tasks)
+        .where(tasks.c.task_id == task_id, tasks.c.claim_id == claim_id, _RUNNING)
+        .values(progress={"fraction": fraction, "message": message})
+        .returning(tasks.c.cancel_requested_at)
+    )
+
+
+def cancellation(task_id: UUID, claim_id: UUID) -> Select[Any]:
+    """Return a row when this attempt is still wanted, with when it was asked to cancel."""
+    return select(tasks.c.cancel_requested_at).where(
+        tasks.c.task_id == task_id, tasks.c.claim_id == claim_id, _RUNNING
+    )
+
+
+# --- the ways out of running ----------------------------------------------------------------
+
+
+def lock(task_id: UUID) -> Select[Any]:
+    """Lock a row until the transaction ends."""
+    return select(tasks.c.task_id).where(tasks.c.task_id == task_id).with_for_update()
+
+
+def finish(
+    task_id: UUID,
+    claim_id: UUID,
+    state: State,
+    outcome: Outcome,
+    *,
+    result: Mapping[str, Any] | None = None,
+    error: Mapping[str, Any] | None = None,
+) -> Insert:
+    """Make a running task terminal; no row: this attempt has lost its lease."""
+    return _leave(
+        task_id,
+        claim_id,
+        outcome,
+        error,
+        state=state.value,
+        result=result,
+        error=error,
+        finished_at=_NOW,
+        failures=tasks.c.failures + int(outcome in (Outcome.FAILED, Outcome.TIMED_OUT)),
+        crashes=tasks.c.crashes + int(outcome is Outcome.LOST),
+    )
+
+
+def requeue(
+    task_id: UUID,
+    claim_id: UUID,
+    outcome: Outcome,
+    *,
+    delay_s: float = 0.0,
+    failures: int = 0,
+    crashes: int = 0,
+    error: Mapping[str, Any] | None = None,
+) -> Insert:
+    """Put a running task back: retry, drain and rescue. One that was cancelled ends instead."""
+    cancelled = tasks.c.cancel_requested_at.is_not(None)
+    run_at = _NOW + _seconds(delay_s) if delay_s > 0 else _NOW
+    return _leave(
+        task_id,
+        claim_id,
+        outcome,
+        error,
+        state=case((cancelled, State.CANCELLED.value), else_=State.QUEUED.value),
+        finished_at=case((cancelled, _NOW), else_=None),
+        error=case((cancelled, literal(CANCELLED, JSONB)), else_=tasks.c.error),
+        run_at=case((cancelled, tasks.c.run_at), else_=run_at),
+        rings=0,
+        next_ring_at=None if delay_s > 0 else case((cancelled, None), else_=_NOW),
+        failures=tasks.c.failures + failures,
+        crashes=tasks.c.crashes + crashes,
+    )
+
+
+def wait_for_child(task_id: UUID, claim_id: UUID, child_id: UUID) -> Insert:
+    """End this attempt; the task will end as its child does."""
+    return _leave(
+        task_id,
+        claim_id,
+        Outcome.DELEGATED,
+        None,
+        state=State.WAITING.value,
+        child_id=child_id,
+    )
+
+
+CANCELLED = {"code": "task_cancelled", "message": "The task was cancelled.", "retryable": False}
+
+
+def _leave(
+    task_id: UUID,
+    claim_id: UUID,
+    outcome: Outcome,
+    attempt_error: Mapping[str, Any] | None,
+    **values: Any,
+) -> Insert:
+    """Move a task out of running under its claim, and write the attempt's row with it."""
+    left = (
+        update(tasks)
+        .where(tasks.c.task_id == task_id, tasks.c.claim_id == claim_id, _RUNNING)
+        .values(lease_expires_at=None, **values)
+        .returning(
+            tasks.c.task_id,
+            tasks.c.attempt,
+            tasks.c.claim_id,
+            tasks.c.worker,
+            tasks.c.started_at,
+        )
+        .cte("ended")
+    )
+    return (
+        insert(attempts)
+        .from_select(
+            ["task_id", "attempt", "claim_id", "worker", "started_at", "outcome", "error"],
+            select(
+                left.c.task_id,
+                left.c.attempt,
+                left.c.claim_id,
+                left.c.worker,
+                left.c.started_at,
+                literal(outcome.value),
+                literal(attempt_error, JSONB(none_as_null=True)),
+            ),
+        )
+        .returning(attempts.c.task_id)
+    )
+
+
+def charge(task_id: UUID) -> Select[Any]:
+    """Return what decides whether a task is tried again."""
+    return select(tasks.c.failures, tasks.c.max_attempts, tasks.c.parent_id).where(
+        tasks.c.task_id == task_id
+    )
+
+
+def outcome_of(task_id: UUID, claim_id: UUID) -> Select[Any]:
+    """Return the state that an attempt left, to learn what an uncertain commit did."""
+    return (
+        select(tasks.c.state, attempts.c.outcome)
+        .join(attempts, attempts.c.task_id == tasks.c.task_id)
+        .where(tasks.c.task_id == task_id, attempts.c.claim_id == claim_id)
+    )
+
+
+def end_queued(task_ids: Sequence[UUID], state: State, error: Mapping[str, Any]) -> Update:
+    """Make queued tasks terminal that will not run."""
+    return (
+        update(tasks)
+        .where(tasks.c.task_id.in_(task_ids), _QUEUED)
+        .values(state=state.value, error=error, finished_at=_NOW, next_ring_at=None)
+        .returning(tasks.c.task_id, tasks.c.agent, tasks.c.parent_id)
+    )
+
+
+def cancel(task_id: UUID) -> Update:
+    """Cancel a task: at once while it is queued, as a request while it runs or waits."""
+    queued = tasks.c.state == State.QUEUED.value
+    return (
+        update(tasks)
+        .where(tasks.c.task_id == task_id, ~IS_TERMINAL)
+        .values(
+            cancel_requested_at=func.coalesce(tasks.c.cancel_requested_at, _NOW),
+            state=case((queued, State.CANCELLED.value), else_=tasks.c.state),
+            finished_at=case((queued, _NOW), else_=None),
+            error=case((queued, literal(CANCELLED, JSONB)), else_=tasks.c.error),
+            next_ring_at=case((queued, None), else_=tasks.c.next_ring_at),
+        )
+        .returning(tasks.c.task_id, tasks.c.agent, tasks.c.state, tasks.c.child_id)
+    )
+
+
+def server() -> TextClause:
+    """Return the server's version, and whether it takes no writes (`on`)."""
+    return text(
+        "SELECT current_setting('server_version'), current_setting('transaction_read_only')"
+    )
+
+
+def parent_of(task_id: UUID) -> Select[Any]:
+    """Return a task's parent."""
+    return select(tasks.c.parent_id).where(tasks.c.task_id == task_id)
+
+
+def advance_parent(child_id: UUID, parent_id: UUID) -> Update:
+    """Give a waiting parent its child's outcome, once the child has one."""
+    child = tasks.alias("child")
+    return (
+        update(tasks)
+        .where(
+            tasks.c.task_id == parent_id,
+            tasks.c.child_id == child_id,
+            tasks.c.state == State.WAITING.value,
+            child.c.task_id == tasks.c.child_id,
+            child.c.finished_at.is_not(None),
+        )
+        .values(state=child.c.state, result=child.c.result, error=child.c.error, finished_at=_NOW)
+        .returning(tasks.c.task_id, tasks.c.agent, tasks.c.parent_id)
+    )
+
+
+def past_deadline(limit: int) -> Select[Any]:
+    """Find queued tasks whose deadline has passed."""
+    return (
+        select(tasks.c.task_id, tasks.c.parent_id)
+        .where(_QUEUED, tasks.c.deadline_at <= _NOW)
+        .limit(limit)
+    )
+
+
+# --- rescue ---------------------------------------------------------------------------------
+
+_RESCUE = (
+    tasks.c.task_id,
+    tasks.c.agent,
+    tasks.c.claim_id,
+    tasks.c.crashes,
+    tasks.c.rerun_after_crash,
+    tasks.c.parent_id,
+    tasks.c.worker_id,
+)
+
+
+def lease_expired(limit: int) -> Select[Any]:
+    """Find running tasks whose lease has run out: the one definition of *lost*.
+
+    It cannot see an attempt that still runs on a machine cut off from the database; the claim's
+    fence refuses that one's outcome.
+    """
+    return select(*_RESCUE).where(_RUNNING, tasks.c.lease_expires_at < _NOW).limit(limit)
+
+
+def running_on(worker_ids: Sequence[UUID]) -> Select[Any]:
+    """Find the running tasks of workers that are known to be dead."""
+    return select(*_RESCUE).where(_RUNNING, tasks.c.worker_id.in_(worker_ids))
+
+
+def running_claim(task_id: UUID, claim_id: UUID) -> Select[Any]:
+    """Find one running attempt whose process has died."""
+    return select(*_RESCUE).where(
+        _RUNNING, tasks.c.task_id == task_id, tasks.c.claim_id == claim_id
+    )
+
+
+# --- workers and services -------------------------------------------------------------------
+
+
+def enlist(row: Mapping[str, Any]) -> Insert:
+    """Insert a worker's row."""
+    return insert(workers).values(row)
+
+
+def beat(worker_id: UUID, values: Mapping[str, Any], *, claims: int) -> Update:
+    """Renew a worker's heartbeat, and add the tasks it began since the last one."""
+    instants = {"heartbeat_at": _NOW} | ({"claimed_at": _NOW} if claims else {})
+    return (
+        update(workers)
+        .where(workers.c.worker_id == worker_id)
+        .values(claims=workers.c.claims + claims, **instants, **values)
+        .returning(workers.c.worker_id)
+    )
+
+
+def discharge(worker_ids: Sequence[UUID]) -> Update:
+    """Record that workers have stopped."""
+    return (
+        update(workers)
+        .where(workers.c.worker_id.in_(worker_ids), workers.c.stopped_at.is_(None))
+        .values(stopped_at=_NOW)
+        .returning(workers.c.agent)
+    )
+
+
+def predecessors(name: str, worker_id: UUID) -> Select[Any]:
+    """Find earlier workers of the same name that have not been recorded as stopped."""
+    return select(
+        workers.c.worker_id,
+        workers.c.pid,
+        workers.c.boot_id,
+        workers.c.pid_namespace,
+        workers.c.process_started_at,
+    ).where(
+        workers.c.name == name, workers.c.worker_id != worker_id, workers.c.stopped_at.is_(None)
+    )
+
+
+def _live(within_s: float = WORKER_DEAD_S) -> ColumnElement[bool]:
+    return and_(workers.c.stopped_at.is_(None), workers.c.heartbeat_at > _NOW - _seconds(within_s))
+
+
+def _age(instant: ColumnElement[Any]) -> ColumnElement[Any]:
+    return func.extract("epoch", _NOW - instant)
+
+
+def live_workers(agent: str | None = None) -> Select[Any]:
+    """Return the live workers, of one agent or of all."""
+    statement = select(
+        workers.c.name,
+        workers.c.agent,
+        workers.c.host,
+        workers.c.pid,
+        workers.c.slots,
+        workers.c.running,
+        _age(workers.c.heartbeat_at).label("heartbeat_age_s"),
+    ).where(_live())
+    if agent:
+        statement = statement.where(workers.c.agent == agent)
+    return statement.order_by(workers.c.name)
+
+
+def busy_agents() -> TextClause:
+    """Return the agents that take work and have some that may have to be rung, with their speed.
+
+    `claims` is how many tasks their workers have begun so far, `slots` how many run at once.
+    """
+    return text(_BUSY).bindparams(dead_s=WORKER_DEAD_S)
+
+
+_BUSY = """
+    SELECT w.agent, sum(w.slots)::int AS slots, sum(w.claims)::bigint AS claims
+    FROM workers w
+    WHERE w.stopped_at IS NULL AND w.heartbeat_at > now() - make_interval(secs => :dead_s)
+      AND NOT EXISTS (SELECT 1 FROM queues q WHERE q.agent = w.agent AND q.paused)
+      AND (EXISTS (SELECT 1 FROM tasks t WHERE t.agent = w.agent AND t.state = 'queued'
+                   AND t.rings = 0 AND t.next_ring_at IS NOT NULL)
+           OR EXISTS (SELECT 1 FROM tasks t WHERE t.agent = w.agent AND t.state = 'queued'
+                      AND t.rings > 0))
+    GROUP BY w.agent
+"""
+
+
+def live_hosts(agent: str) -> Select[Any]:
+    """Return the hosts on which an agent has a live worker."""
+    return select(workers.c.host).where(_live(), workers.c.agent == agent).distinct()
+
+
+def serve(kind: str, instance: str) -> Insert:
+    """Renew the heartbeat of a relay or a Beat."""
+    return (
+        insert(services)
+        .values(kind=kind, instance=instance)
+        .on_conflict_do_update(
+            index_elements=[services.c.kind, services.c.instance], set_={"heartbeat_at": _NOW}
+        )
+    )
+
+
+def retire(kind: str, instance: str) -> Delete:
+    """Remove the heartbeat of a relay or a Beat that stops."""
+    return delete(services).where(services.c.kind == kind, services.c.instance == instance)
+
+
+# --- schedules ------------------------------------------------------------------------------
+
+
+def declare_schedule(row: Mapping[str, Any]) -> Insert:
+    """Make or bring up to date the schedule of a declaration; whether it is enabled stays."""
+    made = insert(schedules).values(row)
+    changed = {name: made.excluded[name] for name in row if name != "name"}
+    return made.on_conflict_do_update(index_elements=[schedules.c.name], set_=changed)
+
+
+def forget_schedules(names: Sequence[str]) -> Delete:
+    """Remove the schedules that no declaration names any more."""
+    return delete(schedules).where(schedules.c.name.not_in(names))
+
+
+def tick_schedules() -> TextClause:
+    """Take every schedule whose next tick has come, and return it with that tick.
+
+    Ticks lie on the multiples of the period since the epoch, so any number of Beats compute the
+    same ones; a period that passed while no Beat ran gives one tick, not many.
+    """
+    return text(
+        """
+        UPDATE schedules SET last_tick_at = due.tick_at
+        FROM (
+            SELECT name,
+                   to_timestamp(floor(extract(epoch FROM now()) / every_s) * every_s) AS tick_at
+            FROM schedules WHERE enabled
+        ) AS due
+        WHERE schedules.name = due.name
+          AND (schedules.last_tick_at IS NULL OR schedules.last_tick_at < due.tick_at)
+        RETURNING schedules.name, schedules.agent, schedules.action, schedules.params,
+                  schedules.every_s, schedules.each_host, schedules.time_limit_s, due.tick_at,
+                  due.tick_at + make_interval(secs => schedules.every_s) AS next_tick_at
+        """
+    )
+
+
+def next_tick() -> TextClause:
+    """Return in how many seconds the next tick of any schedule comes."""
+    return text(
+        """
+        SELECT min(every_s - mod(extract(epoch FROM clock_timestamp())::numeric, every_s::numeric))
+        FROM schedules WHERE enabled
+        """
+    )
+
+
+# --- reading --------------------------------------------------------------------------------
+
+_TASK = tuple(
+    tasks.c[name]
+    for name in (
+        "task_id",
+        "agent",
+        "action",
+        "state",
+        "priority",
+        "params",
+        "result",
+        "error",
+        "progress",
+        "attempt",
+        "max_attempts",
+        "parent_id",
+        "retry_of",
+        "scheduled_by",
+        "labels",
+        "idempotency_key",
+        "created_at",
+        "run_at",
+        "started_at",
+        "finished_at",
+        "deadline_at",
+        "cancel_requested_at",
+        "wait_seconds",
+        "run_seconds",
+        "worker",
+        "child_id",
+    )
+)
+
+
+_ATTEMPTS = (
+    select(
+        func.jsonb_agg(
+            aggregate_order_by(
+                func.jsonb_build_object(
+                    "attempt",
+                    attempts.c.attempt,
+                    "worker",
+                    attempts.c.worker,
+                    "started_at",
+                    attempts.c.started_at,
+                    "ended_at",
+                    attempts.c.ended_at,
+                    "outcome",
+                    attempts.c.outcome,
+                    "error",
+                    attempts.c.error,
+                ),
+                attempts.c.attempt,
+            )
+        )
+    )
+    .where(attempts.c.task_id == tasks.c.task_id)
+    .correlate(tasks)
+    .scalar_subquery()
+    .label("attempts")
+)
+
+
+def task(task_id: UUID) -> Select[Any]:
+    """Return one task, with its ended attempts as a JSON array."""
+    return select(*_TASK, _ATTEMPTS).where(tasks.c.task_id == task_id)
+
+
+def tasks_page(
+    *,
+    limit: int,
+    agent: str | None = None,
+    action: str | None = None,
+    states: Sequence[str] = (),
+    labels: Mapping[str, str] | None = None,
+    since: datetime | None = None,
+    until: datetime | None = None,
+    parent_id: UUID | None = None,
+    before: UUID | None = None,
+) -> Select[Any]:
+    """Return a page of tasks, newest first, older than `before`."""
+    statement = select(*_TASK, _ATTEMPTS).order_by(tasks.c.task_id.desc()).limit(limit)
+    conditions = {
+        "agent": tasks.c.agent == agent if agent else None,
+        "action": tasks.c.action == action if action else None,
+        "states": tasks.c.state.in_(states) if states else None,
+        "labels": tasks.c.labels.contains(dict(labels)) if labels else None,
+        "since": tasks.c.created_at >= since if since else None,
+        "until": tasks.c.created_at < until if until else None,
+        "parent": tasks.c.parent_id == parent_id if parent_id else None,
+        "before": tasks.c.task_id < before if before else None,
+    }
+    return statement.where(*(part for part in conditions.values() if part is not None))
+
+
+def ended(task_ids: Sequence[UUID]) -> Select[Any]:
+    """Return which of these tasks are terminal."""
+    return select(tasks.c.task_id).where(
+        tasks.c.task_id == func.any(cast(task_ids, ARRAY(Uuid))), IS_TERMINAL
+    )
+
+
+def queue_position(task_id: UUID, agent: str, priority: int) -> Select[Any]:
+    """Count the queued tasks before this one; `DEPTH_LIMIT` + 1 means more than that."""
+    before = (
+        select(literal(1))
+        .where(
+            _QUEUED,
+            tasks.c.agent == agent,
+            tasks.c.next_ring_at.is_not(None),
+            or_(
+                tasks.c.priority > priority,
+                and_(tasks.c.priority == priority, tasks.c.task_id < task_id),
+            ),
+        )
+        .limit(DEPTH_LIMIT + 1)
+        .subquery()
+    )
+    return select(func.count()).select_from(before)
+
+
+_STATUS = """
+    SELECT a.agent,
+           coalesce(q.paused, false) AS paused,
+           (SELECT count(*) FROM (
+                SELECT 1 FROM tasks t
+                WHERE t.agent = a.agent AND t.state = 'queued' AND t.next_ring_at IS NOT NULL
+                LIMIT 10001) AS bounded) AS depth,
+           (SELECT extract(epoch FROM now() - min(x.run_at)) FROM (
+                SELECT t.run_at FROM tasks t
+                WHERE t.agent = a.agent AND t.state = 'queued' AND t.next_ring_at IS NOT NULL
+                ORDER BY t.task_id LIMIT 1) AS x) AS oldest_age_s,
+           (SELECT count(*) FROM tasks t
+            WHERE t.agent = a.agent AND t.state = 'running') AS running,
+           (SELECT jsonb_agg(jsonb_build_object(
+                'id', w.name, 'host', w.host, 'pid', w.pid,
+                'heartbeat_age_s', extract(epoch FROM now() - w.heartbeat_at),
+                'slots', w.slots, 'running', w.running, 'consuming', w.consuming,
+                'idle_s', extract(epoch FROM now() - coalesce(w.claimed_at, w.started_at)))
+                ORDER BY w.name)
+            FROM workers w
+            WHERE w.agent = a.agent AND w.stopped_at IS NULL
+              AND w.heartbeat_at > now() - make_interval(secs => :dead_s)) AS workers,
+           (SELECT min(extract(epoch FROM now() - w.heartbeat_at))
+            FROM workers w WHERE w.agent = a.agent) AS last_seen_s,
+           (SELECT min(extract(epoch FROM now() - s.heartbeat_at))
+            FROM services s WHERE s.kind = 'relay') AS relay_age_s,
+           (SELECT min(extract(epoch FROM now() - s.heartbeat_at))
+            FROM services s WHERE s.kind = 'beat') AS beat_age_s
+    FROM unnest(cast(:agents AS text[])) AS a(agent)
+    LEFT JOIN queues q ON q.agent = a.agent
+"""
+
+
+def status(agents: Sequence[str]) -> TextClause:
+    """Return one row an agent: its live workers, its queue, and the ages of relay and Beat."""
+    return text(_STATUS).bindparams(agents=list(agents), dead_s=WORKER_DEAD_S)
+
+
+_ACTIVITY = """
+    SELECT agent,
+           count(*) FILTER (WHERE state = 'succeeded') AS succeeded,
+           count(*) FILTER (WHERE state = 'failed') AS failed
+    FROM tasks
+    WHERE finished_at > now() - make_interval(secs => :window_s)
+    GROUP BY agent
+"""
+
+
+def activity(window_s: float) -> TextClause:
+    """Return, an agent, how many tasks ended within the last seconds."""
+    return text(_ACTIVITY).bindparams(window_s=window_s)
+
+
+# --- prune ----------------------------------------------------------------------------------
+
+_PRUNE = """
+    WITH old AS (
+        SELECT t.task_id FROM tasks t
+        WHERE t.finished_at < now() - make_interval(secs => :after_s)
+          AND (t.scheduled_by IS NOT NULL) = :scheduled
+          AND NOT EXISTS (SELECT 1 FROM tasks p
+                          WHERE p.task_id = t.parent_id AND p.finished_at IS NULL)
+        ORDER BY t.finished_at LIMIT :limit
+    ), gone AS (
+        DELETE FROM attempts USING old WHERE attempts.task_id = old.task_id
+    )
+    DELETE FROM tasks USING old WHERE tasks.task_id = old.task_id
+"""
+
+
+def prune(*, after_s: float, scheduled: bool, limit: int) -> TextClause:
+    """Delete terminal tasks older than the retention, with their attempts."""
+    return text(_PRUNE).bindparams(after_s=after_s, scheduled=scheduled, limit=limit)
+
+
+def prune_workers(after_s: float) -> Delete:
+    """Delete the rows of workers that have long been gone."""
+    return delete(workers).where(workers.c.heartbeat_at < _NOW - _seconds(after_s))
+
+
+def prune_services(after_s: float) -> Delete:
+    """Delete the heartbeats of relays and Beats that have long been gone."""
+    return delete(services).where(services.c.heartbeat_at < _NOW - _seconds(after_s))

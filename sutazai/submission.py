@@ -1,0 +1,119 @@
+"""A submission: what every way in (routes, command line, schedules, children, Celery) hands over.
+
+It validates the parameters against the action once, and gives both the row to insert and the
+notice to ring.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Annotated, Any
+from uuid import UUID
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints
+
+from sutazai import payload
+from sutazai.agent import Action
+from sutazai.bell import Notice, summarise
+from sutazai.models import new_id
+
+Label = Annotated[str, StringConstraints(max_length=200)]
+
+DEFAULT_PRIORITY = 5
+
+
+class Options(BaseModel):
+    """How a task is to be handled, whatever its action."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    priority: int = Field(
+        default=DEFAULT_PRIORITY, ge=0, le=9, description="0 to 9; 9 is the most urgent."
+    )
+    run_at: AwareDatetime | None = Field(default=None, description="Not before this instant.")
+    deadline_at: AwareDatetime | None = Field(
+        default=None, description="Still queued at this instant, the task fails."
+    )
+    max_attempts: int | None = Field(
+        default=None, ge=1, le=100, description="Failures allowed; default: the action's."
+    )
+    time_limit_s: float | None = Field(
+        default=None,
+        gt=0,
+        le=86_400,
+        description="Seconds an attempt may run; default: the action's.",
+    )
+    labels: dict[Label, Label] = Field(
+        default_factory=dict, max_length=20, description="Free words to find tasks by."
+    )
+
+
+@dataclass(frozen=True)
+class Submission:
+    """One task to be accepted."""
+
+    action: Action[Any, Any]
+    params: Mapping[str, Any]
+    options: Options = field(default_factory=Options)
+    source: str = "api"
+    task_id: UUID = field(default_factory=new_id)
+    parent_id: UUID | None = None
+    call_index: int | None = None
+    retry_of: UUID | None = None
+    scheduled_by: str | None = None
+    tick_at: datetime | None = None
+    host: str | None = None
+    deadline_in_s: float | None = None
+
+    def __post_init__(self) -> None:
+        """Validate the parameters; raises `InvalidInput`."""
+        self.action.parse(self.params)
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it may run now, by this machine's clock (the database decides in the end)."""
+        return self.options.run_at is None or self.options.run_at <= datetime.now(UTC)
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """The task's row, as `statements.accept` inserts it."""
+        options = self.options
+        row = {
+            "task_id": self.task_id,
+            "agent": self.action.agent,
+            "action": self.action.name,
+            "params": dict(self.params),
+            "priority": options.priority,
+            "max_attempts": options.max_attempts or self.action.max_attempts,
+            "time_limit_s": options.time_limit_s or self.action.time_limit_s,
+            "rerun_after_crash": self.action.rerun_after_crash,
+            "source": self.source,
+        }
+        optional = {
+            "run_at": options.run_at,
+            "deadline_at": options.deadline_at,
+            "labels": options.labels or None,
+            "parent_id": self.parent_id,
+            "call_index": self.call_index,
+            "retry_of": self.retry_of,
+            "scheduled_by": self.scheduled_by,
+            "tick_at": self.tick_at,
+            "host": self.host,
+            "deadline_in_s": self.deadline_in_s,
+        }
+        return row | {name: value for name, value in optional.items() if value is not None}
+
+    @property
+    def notice(self) -> Notice:
+        """What the broker is told."""
+        return Notice(
+            task_id=self.task_id,
+            agent=self.action.agent,
+            action=self.action.name,
+            priority=self.options.priority,
+            host=self.host,
+            time_limit_s=self.options.time_limit_s or self.action.time_limit_s,
+            summary=summarise(payload.dumps(dict(self.params))),
+        )

@@ -1,0 +1,311 @@
+"""What a worker does with a notice: claim → validate → run → record.
+
+`perform` runs in the process that does the work: a child of the pool, or the worker itself. The
+`Attempt` is the context that the action sees.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+from uuid import UUID, uuid4
+
+from pydantic import BaseModel
+from tenacity import (
+    retry,
+    retry_if_exception_type,
+    stop_after_delay,
+    wait_random_exponential,
+)
+
+from sutazai import db, lifecycle, log, payload, redis, statements
+from sutazai.agent import Action, Agent, Delegation, System, normalise
+from sutazai.bell import Bell
+from sutazai.errors import (
+    DatabaseUnavailable,
+    InvalidInput,
+    LeaseLost,
+    TaskCancelled,
+    TaskFailed,
+    UnknownAgent,
+)
+from sutazai.keeper import Identity, Reports
+from sutazai.state import Outcome, State
+from sutazai.submission import Options, Submission
+
+if TYPE_CHECKING:
+    from sqlalchemy import Row
+
+
+RECORD_FOR_S = 120.0
+"""How long an outcome is tried to be recorded while PostgreSQL is away."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where attempts run: what `perform` needs beside the task itself."""
+
+    identity: Identity
+    reports: Reports
+    agents: Mapping[str, Agent]
+    system: System
+    bell: Bell
+
+
+class NotClaimed(Exception):
+    """The notice was stale, doubled, early or meant for another host; nothing was done."""
+
+
+class Requeued(Exception):
+    """The attempt ended, and the task is queued again or waits for a child."""
+
+
+class Unrecorded(Exception):
+    """The outcome could not be recorded; the lease runs out, and the task is rescued."""
+
+
+class Attempt:
+    """One claimed attempt; the `Context` of its action."""
+
+    def __init__(self, site: Site, action: Action[Any, Any], claim_id: UUID, row: Row[Any]) -> None:
+        self._site = site
+        self._action = action
+        self._row = row
+        self.claim_id = claim_id
+        self.task_id: UUID = row.task_id
+        self.attempt: int = row.attempt
+        self.created_at: datetime = row.created_at
+        self.deadline_at: datetime | None = row.deadline_at
+        self.host = site.identity.host
+        self.agents = site.agents
+        self.system = site.system
+        self.log = log.get(f"sutazai.tasks.{action.agent}")
+        self._calls = 0
+        self._writes: list[Any] = []
+        self._told_at = 0.0
+        self._asked_at = time.monotonic()
+        self._cancelled = False
+
+    @property
+    def idempotency_key(self) -> str:
+        """Equal in every attempt of this task."""
+        return str(self.task_id)
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether somebody cancelled this task; asks PostgreSQL at most once a second."""
+        if not self._cancelled and time.monotonic() - self._asked_at >= 1.0:
+            self._asked_at = time.monotonic()
+            with contextlib.suppress(DatabaseUnavailable), db.transaction() as connection:
+                row = connection.execute(
+                    statements.cancellation(self.task_id, self.claim_id)
+                ).first()
+                self._cancelled = row is None or row.cancel_requested_at is not None
+        return self._cancelled
+
+    def progress(self, fraction: float, message: str = "") -> None:
+        """Store how far the work has come, at most once a second."""
+        fraction = min(max(float(fraction), 0.0), 1.0)
+        if time.monotonic() - self._told_at < 1.0 and fraction < 1.0:
+            return
+        self._told_at = time.monotonic()
+        with contextlib.suppress(DatabaseUnavailable), db.transaction() as connection:
+            row = connection.execute(
+                statements.progress(self.task_id, self.claim_id, fraction, message[:500])
+            ).first()
+            self._cancelled = row is None or row.cancel_requested_at is not None
+        redis.announce(
+            self._action.agent,
+            self.task_id,
+            kind="progress",
+            fraction=fraction,
+            message=message[:500],
+        )
+
+    def enqueue(
+        self, target: Action[Any, Any] | str, params: BaseModel | Mapping[str, Any]
+    ) -> UUID:
+        """Start a child task; see `Context.enqueue`."""
+        action = self._resolve(target)
+        if isinstance(params, BaseModel):
+            params = params.model_dump(mode="json", exclude_unset=True)
+        self._calls += 1
+        child = Submission(
+            action, params, Options(), "task", parent_id=self.task_id, call_index=self._calls
+        )
+        bell = self._site.bell
+        rung = lifecycle.will_ring(child, bell)
+        with db.transaction() as connection:
+            if not lifecycle.accept(connection, child, rung=rung):
+                # An earlier attempt of this task has made the same call.
+                found = connection.execute(statements.child_of(self.task_id, self._calls))
+                return UUID(str(found.scalar_one()))
+        if rung:
+            bell.ring([child.notice])
+        return child.task_id
+
+    def delegate(
+        self, target: Action[Any, Any] | str, params: BaseModel | Mapping[str, Any]
+    ) -> Delegation:
+        """Start a child whose outcome becomes this task's; see `Context.delegate`."""
+        return Delegation(self.enqueue(target, params))
+
+    def write(self, statement: Any) -> None:
+        """Run a statement in the transaction that records the outcome."""
+        self._writes.append(statement)
+
+    def run(self) -> str:
+        """Validate, run and record; return a short form of the result for those who watch.
+
+        Raises `Requeued` when the task has not ended, `TaskFailed` when it has failed, and
+        `LeaseLost` when the outcome came too late to count.
+        """
+        began = time.monotonic()
+        try:
+            result = self._action(self._action.parse(self._row.params), self)
+            if isinstance(result, Delegation):
+                return self._delegated(result)
+            stored = self._action.dump(result)
+            self._end(State.SUCCEEDED, Outcome.SUCCEEDED, result=stored)
+        except (SystemExit, KeyboardInterrupt):
+            # The worker drains: the attempt is put back, and nothing is charged.
+            self._requeue(Outcome.RELEASED)
+            self.log.info("task released", ran_s=round(time.monotonic() - began, 3))
+            raise
+        except Exception as error:
+            raise self._failed(error) from error
+        self.log.info("task succeeded", ran_s=round(time.monotonic() - began, 4))
+        return payload.dumps(stored)[:200]
+
+    def _delegated(self, delegation: Delegation) -> str:
+        def record() -> bool:
+            with db.transaction() as connection:
+                return lifecycle.delegate(
+                    connection, self.task_id, self.claim_id, delegation.task_id
+                )
+
+        self._record(record)
+        self.log.info("task delegated", child=str(delegation.task_id))
+        raise Requeued
+
+    def _failed(self, error: Exception) -> Exception:
+        """Record a failed attempt and return what Celery is told."""
+        if isinstance(error, Requeued | LeaseLost | Unrecorded):
+            return error
+        described = lifecycle.error_json(error)
+        if self.cancelled:
+            cancelled = lifecycle.error_json(TaskCancelled())
+            self._end(State.CANCELLED, Outcome.CANCELLED, error=cancelled)
+            self.log.info("task cancelled")
+            return TaskCancelled()
+        may_retry = isinstance(error, self._action.retry_on) and not isinstance(error, InvalidInput)
+        if may_retry and self._row.failures + 1 < self._row.max_attempts:
+            delay_s = lifecycle.backoff_s(self._row.failures + 1)
+            self._requeue(Outcome.FAILED, delay_s=delay_s, failures=1, error=described)
+            self.log.warning("task will be retried", in_s=round(delay_s, 2), **described)
+            return Requeued()
+        self._end(State.FAILED, Outcome.FAILED, error=described)
+        expected = isinstance(error, TaskFailed | InvalidInput)
+        self.log.error("task failed", exc_info=None if expected else error, **described)
+        return TaskFailed(described["message"])
+
+    def _end(self, state: State, outcome: Outcome, **values: Any) -> None:
+        def record() -> bool:
+            with db.transaction() as connection:
+                done = lifecycle.end(
+                    connection,
+                    self.task_id,
+                    self.claim_id,
+                    state,
+                    outcome,
+                    parent_id=self._row.parent_id,
+                    **values,
+                )
+                if done and state is State.SUCCEEDED:
+                    for statement in self._writes:
+                        connection.execute(statement)
+                return done
+
+        self._record(record)
+        redis.announce(self._action.agent, self.task_id, kind="state", state=state.value)
+
+    def _requeue(self, outcome: Outcome, **charge: Any) -> None:
+        def record() -> bool:
+            with db.transaction() as connection:
+                return lifecycle.requeue(
+                    connection,
+                    self.task_id,
+                    self.claim_id,
+                    outcome,
+                    parent_id=self._row.parent_id,
+                    **charge,
+                )
+
+        self._record(record)
+
+    def _record(self, record: Callable[[], bool]) -> None:
+        """Run a recording transaction, again while PostgreSQL is away; raises `LeaseLost`.
+
+        A commit that raises is uncertain: it may have happened. Repeating is safe, because the
+        claim's fence admits it once; then the attempt's row tells which of the two it was.
+        """
+        recorder = retry(
+            retry=retry_if_exception_type(DatabaseUnavailable),
+            wait=wait_random_exponential(multiplier=0.2, max=3),
+            stop=stop_after_delay(RECORD_FOR_S),
+            reraise=True,
+        )(record)
+        try:
+            if recorder():
+                return
+        except DatabaseUnavailable as error:
+            raise Unrecorded(str(error)) from error
+        with db.transaction() as connection:
+            known = connection.execute(statements.outcome_of(self.task_id, self.claim_id)).first()
+        uncertain = recorder.statistics.get("attempt_number", 1) > 1
+        if known is None or not uncertain:
+            self.log.warning("outcome refused: the attempt had lost its lease")
+            raise LeaseLost
+
+    def _resolve(self, target: Action[Any, Any] | str) -> Action[Any, Any]:
+        if isinstance(target, Action):
+            return target
+        agent_name, _, action_name = target.rpartition(".")
+        agent = self.agents.get(normalise(agent_name))
+        if agent is None:
+            raise UnknownAgent(f"There is no agent {agent_name!r}.")
+        return agent.get(action_name)
+
+
+def perform(site: Site, action: Action[Any, Any], task_id: UUID) -> str:
+    """Run a task that a notice has announced: claim → validate → run → record.
+
+    Raises `NotClaimed` when there is nothing to do here, and what `Attempt.run` raises.
+    """
+    claim_id = uuid4()
+    identity = site.identity
+    with db.transaction() as connection:
+        row = connection.execute(
+            statements.claim(
+                task_id,
+                agent=action.agent,
+                claim_id=claim_id,
+                worker=identity.name,
+                worker_id=identity.worker_id,
+                host=identity.host,
+            )
+        ).first()
+    if row is None:
+        raise NotClaimed
+    site.reports.tell(began=True, task_id=task_id, claim_id=claim_id, limit_s=row.time_limit_s)
+    try:
+        with log.fields(
+            agent=action.agent, action=action.name, task_id=str(task_id), attempt=row.attempt
+        ):
+            return Attempt(site, action, claim_id, row).run()
+    finally:
+        site.reports.tell(began=False, task_id=task_id, claim_id=claim_id)

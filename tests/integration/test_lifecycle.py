@@ -1,0 +1,433 @@
+"""The life of a task, statement by statement, on a real PostgreSQL."""
+
+import threading
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+from pydantic import BaseModel
+from sqlalchemy import text, update
+
+from sutazai import db, lifecycle, statements
+from sutazai.agent import Action, Agent, Context, NoParams
+from sutazai.models import new_id, tasks
+from sutazai.state import Outcome, State
+from sutazai.submission import Options, Submission
+
+pytestmark = pytest.mark.usefixtures("database")
+
+agent = Agent("tester", port=9999, doc="Tests.")
+
+
+class Number(BaseModel):
+    number: int = 0
+
+
+@agent.action(time_limit_s=5, max_attempts=3)
+def work(params: Number, context: Context) -> Number:
+    """Work."""
+    return params
+
+
+@agent.action(rerun_after_crash=False)
+def once(params: NoParams, context: Context) -> Number:
+    """Run at most once."""
+    return Number()
+
+
+def accept(action: Action[Any, Any] = work, **options: Any) -> UUID:
+    submission = Submission(action, {}, Options(**options))
+    with db.transaction() as connection:
+        assert lifecycle.accept(connection, submission, rung=False)
+    return submission.task_id
+
+
+def claim(task_id: UUID, worker_id: UUID | None = None, host: str = "here") -> Any:
+    claim_id = uuid4()
+    with db.transaction() as connection:
+        row = connection.execute(
+            statements.claim(
+                task_id,
+                agent="tester",
+                claim_id=claim_id,
+                worker="tester@here",
+                worker_id=worker_id or new_id(),
+                host=host,
+            )
+        ).first()
+    return (claim_id, row) if row else None
+
+
+def finish(task_id: UUID, claim_id: UUID, state: State = State.SUCCEEDED) -> bool:
+    outcome = Outcome.SUCCEEDED if state is State.SUCCEEDED else Outcome.FAILED
+    with db.transaction() as connection:
+        return lifecycle.end(connection, task_id, claim_id, state, outcome, result={"number": 1})
+
+
+def read(task_id: UUID) -> Any:
+    with db.transaction() as connection:
+        return connection.execute(tasks.select().where(tasks.c.task_id == task_id)).one()
+
+
+def outcomes(task_id: UUID) -> list[str]:
+    with db.transaction() as connection:
+        row = connection.execute(statements.task(task_id)).one()
+    return [attempt["outcome"] for attempt in row.attempts or []]
+
+
+def expire_lease(task_id: UUID) -> None:
+    with db.transaction() as connection:
+        connection.execute(
+            update(tasks)
+            .where(tasks.c.task_id == task_id)
+            .values(lease_expires_at=text("now() - interval '1 second'"))
+        )
+
+
+def rescue() -> list[lifecycle.Ended]:
+    with db.transaction() as connection:
+        return lifecycle.rescue(connection, statements.lease_expired(100))
+
+
+def test_accept_claim_finish() -> None:
+    task_id = accept()
+    claim_id, row = claim(task_id)
+    assert (row.attempt, row.action, row.max_attempts) == (1, "work", 3)
+    assert finish(task_id, claim_id)
+    ended = read(task_id)
+    assert ended.state == "succeeded"
+    assert ended.result == {"number": 1}
+    assert ended.wait_seconds >= 0
+    assert ended.run_seconds >= 0
+    assert ended.lease_expires_at is None
+    assert outcomes(task_id) == ["succeeded"]
+
+
+def test_a_task_is_claimed_once() -> None:
+    task_id = accept()
+    assert claim(task_id)
+    assert claim(task_id) is None
+
+
+def test_many_claims_at_once_give_one_attempt() -> None:
+    task_id = accept()
+    claims: list[Any] = []
+    threads = [threading.Thread(target=lambda: claims.append(claim(task_id))) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len([found for found in claims if found]) == 1
+    assert read(task_id).attempt == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"run_at": datetime.now(UTC) + timedelta(hours=1)},
+        {"deadline_at": datetime.now(UTC) - timedelta(hours=1)},
+    ],
+    ids=["not yet due", "too late"],
+)
+def test_what_is_not_due_is_not_claimed(change: dict[str, Any]) -> None:
+    assert claim(accept(**change)) is None
+
+
+def test_a_task_of_another_host_or_agent_is_not_claimed() -> None:
+    submission = Submission(work, {}, host="elsewhere")
+    with db.transaction() as connection:
+        lifecycle.accept(connection, submission, rung=False)
+    assert claim(submission.task_id, host="here") is None
+    assert claim(submission.task_id, host="elsewhere")
+
+
+def test_nothing_is_claimed_from_a_paused_queue() -> None:
+    task_id = accept()
+    with db.transaction() as connection:
+        connection.execute(text("INSERT INTO queues VALUES ('tester', true)"))
+    assert claim(task_id) is None
+
+
+def test_a_stale_attempt_never_overwrites() -> None:
+    task_id = accept()
+    stale, _ = claim(task_id)
+    expire_lease(task_id)
+    assert [gone.task_id for gone in rescue()] == [task_id]
+    current, row = claim(task_id)
+    assert row.attempt == 2
+    assert not finish(task_id, stale, State.FAILED)
+    assert finish(task_id, current)
+    assert read(task_id).state == "succeeded"
+    assert outcomes(task_id) == ["lost", "succeeded"]
+
+
+def test_a_live_lease_is_not_rescued_and_extending_keeps_it() -> None:
+    task_id = accept()
+    claim_id, _ = claim(task_id)
+    assert rescue() == []
+    expire_lease(task_id)
+    with db.transaction() as connection:
+        kept = connection.execute(statements.extend([(task_id, claim_id)])).all()
+        foreign = connection.execute(statements.extend([(task_id, uuid4())])).all()
+    assert len(kept) == 1
+    assert foreign == []
+    assert rescue() == []
+
+
+def test_the_third_crash_is_poison() -> None:
+    task_id = accept()
+    for crash in (1, 2):
+        with db.transaction() as connection:
+            connection.execute(
+                update(tasks).where(tasks.c.task_id == task_id).values(run_at=text("now()"))
+            )
+        assert claim(task_id)
+        expire_lease(task_id)
+        rescue()
+        assert (read(task_id).state, read(task_id).crashes) == ("queued", crash)
+    with db.transaction() as connection:
+        connection.execute(
+            update(tasks).where(tasks.c.task_id == task_id).values(run_at=text("now()"))
+        )
+    assert claim(task_id)
+    expire_lease(task_id)
+    rescue()
+    ended = read(task_id)
+    assert (ended.state, ended.error["code"]) == ("failed", "poison")
+    assert outcomes(task_id) == ["lost", "lost", "lost"]
+
+
+def test_neighbours_of_a_crash_are_not_charged() -> None:
+    worker_id = new_id()
+    together = [accept(), accept()]
+    for task_id in together:
+        claim(task_id, worker_id)
+        expire_lease(task_id)
+    assert len(rescue()) == 2
+    assert [read(task_id).crashes for task_id in together] == [0, 0]
+
+
+def test_what_must_not_run_twice_is_failed() -> None:
+    task_id = accept(once)
+    claim(task_id)
+    expire_lease(task_id)
+    rescue()
+    assert read(task_id).error["code"] == "worker_lost"
+
+
+def test_draining_charges_nothing() -> None:
+    task_id = accept()
+    claim_id, _ = claim(task_id)
+    with db.transaction() as connection:
+        assert lifecycle.requeue(connection, task_id, claim_id, Outcome.RELEASED)
+    row = read(task_id)
+    assert (row.state, row.failures, row.crashes, row.rings) == ("queued", 0, 0, 0)
+    assert claim(task_id)[1].attempt == 2
+
+
+def test_cancelling_a_queued_task_ends_it_and_a_running_one_is_asked() -> None:
+    queued, running = accept(), accept()
+    claim_id, _ = claim(running)
+    with db.transaction() as connection:
+        assert [gone.task_id for gone in lifecycle.cancel(connection, queued)] == [queued]
+        assert lifecycle.cancel(connection, running) == []
+        assert connection.execute(statements.cancellation(running, claim_id)).scalar()
+    assert read(queued).state == "cancelled"
+    assert claim(queued) is None
+
+
+def test_a_cancelled_running_task_whose_worker_dies_is_cancelled() -> None:
+    task_id = accept()
+    claim(task_id)
+    with db.transaction() as connection:
+        lifecycle.cancel(connection, task_id)
+    expire_lease(task_id)
+    rescue()
+    assert (read(task_id).state, read(task_id).finished_at is None) == ("cancelled", False)
+
+
+def test_deadlines() -> None:
+    task_id = accept(deadline_at=datetime.now(UTC) - timedelta(seconds=1))
+    with db.transaction() as connection:
+        assert [gone.task_id for gone in lifecycle.expire(connection)] == [task_id]
+    assert read(task_id).error["code"] == "deadline_exceeded"
+
+
+def _family() -> tuple[UUID, UUID, UUID]:
+    """Return a parent that waits for its running child, and the child's claim."""
+    parent = accept()
+    parent_claim, _ = claim(parent)
+    child = Submission(work, {}, parent_id=parent, call_index=1)
+    with db.transaction() as connection:
+        lifecycle.accept(connection, child, rung=False)
+    child_claim, _ = claim(child.task_id)
+    with db.transaction() as connection:
+        assert lifecycle.delegate(connection, parent, parent_claim, child.task_id)
+    return parent, child.task_id, child_claim
+
+
+def test_a_waiting_parent_ends_as_its_child_does() -> None:
+    parent, child, claim_id = _family()
+    assert read(parent).state == "waiting"
+    with db.transaction() as connection:
+        lifecycle.end(
+            connection,
+            child,
+            claim_id,
+            State.SUCCEEDED,
+            Outcome.SUCCEEDED,
+            parent_id=parent,
+            result={"number": 7},
+        )
+    assert (read(parent).state, read(parent).result) == ("succeeded", {"number": 7})
+
+
+def test_a_child_that_ended_before_its_parent_waits_wakes_it_too() -> None:
+    parent = accept()
+    parent_claim, _ = claim(parent)
+    child = Submission(work, {}, parent_id=parent, call_index=1)
+    with db.transaction() as connection:
+        lifecycle.accept(connection, child, rung=False)
+    child_claim, _ = claim(child.task_id)
+    assert finish(child.task_id, child_claim)
+    with db.transaction() as connection:
+        lifecycle.delegate(connection, parent, parent_claim, child.task_id)
+    assert read(parent).state == "succeeded"
+
+
+def test_cancelling_a_waiting_task_cancels_its_child() -> None:
+    parent, child, _ = _family()
+    with db.transaction() as connection:
+        lifecycle.cancel(connection, parent)
+    assert read(child).cancel_requested_at is not None
+    expire_lease(child)
+    rescue()
+    assert [read(parent).state, read(child).state] == ["cancelled", "cancelled"]
+
+
+def test_the_same_call_of_a_parent_makes_one_child() -> None:
+    parent = accept()
+    accepted = []
+    for _ in range(2):
+        with db.transaction() as connection:
+            child = Submission(work, {}, parent_id=parent, call_index=1)
+            accepted.append(lifecycle.accept(connection, child, rung=False))
+    assert accepted == [True, False]
+
+
+def test_the_same_tick_makes_one_task_a_host() -> None:
+    tick_at = datetime(2026, 1, 1, tzinfo=UTC)
+    accepted = []
+    for host in ("a", "a", "b", None, None):
+        submission = Submission(work, {}, scheduled_by="s", tick_at=tick_at, host=host)
+        with db.transaction() as connection:
+            accepted.append(lifecycle.accept(connection, submission, rung=False))
+    assert accepted == [True, False, True, True, False]
+
+
+def _rung(statement: Any) -> list[UUID]:
+    with db.transaction() as connection:
+        return [row.task_id for row in connection.execute(statement)]
+
+
+def test_ringing_takes_priority_then_age_and_each_row_once() -> None:
+    low, first, second = accept(priority=1), accept(), accept()
+    assert set(_rung(statements.ring_unrung("tester", 2))) == {first, second}
+    assert _rung(statements.ring_unrung("tester", 2)) == [low]
+    assert _rung(statements.ring_unrung("tester", 2)) == []
+    assert _rung(statements.ring_overdue("tester", 10, queue_empty=False)) == []
+
+
+def test_a_row_whose_notice_was_lost_is_rung_again_with_growing_delays() -> None:
+    task_id = accept()
+    _rung(statements.ring_unrung("tester", 1))
+    delays = []
+    for _ in range(8):
+        row = read(task_id)
+        with db.transaction() as connection:
+            now = connection.execute(text("SELECT now()")).scalar_one()
+            delays.append((row.next_ring_at - now).total_seconds())
+            connection.execute(
+                update(tasks)
+                .where(tasks.c.task_id == task_id)
+                .values(next_ring_at=text("now() - interval '1 hour'"))
+            )
+        assert _rung(statements.ring_overdue("tester", 10, queue_empty=False)) == [task_id]
+    assert delays == pytest.approx([15, 30, 60, 120, 240, 480, 600, 600], abs=1)
+
+
+def test_while_the_queue_is_empty_back_off_does_not_count() -> None:
+    task_id = accept()
+    _rung(statements.ring_unrung("tester", 1))
+    with db.transaction() as connection:
+        # Rung twice; the last time 16 s ago, so the next is due in 14 s.
+        connection.execute(
+            update(tasks)
+            .where(tasks.c.task_id == task_id)
+            .values(rings=2, next_ring_at=text("now() + interval '14 seconds'"))
+        )
+    assert _rung(statements.ring_overdue("tester", 10, queue_empty=False)) == []
+    assert _rung(statements.ring_overdue("tester", 10, queue_empty=True)) == [task_id]
+
+
+def test_a_failed_ring_is_repeated_after_a_second_without_doubling() -> None:
+    task_id = accept()
+    _rung(statements.ring_unrung("tester", 1))
+    with db.transaction() as connection:
+        connection.execute(statements.ring_failed([task_id]))
+    row = read(task_id)
+    assert row.rings == 0
+    with db.transaction() as connection:
+        now = connection.execute(text("SELECT now()")).scalar_one()
+    assert 0 < (row.next_ring_at - now).total_seconds() <= 1
+
+
+def test_rows_become_due_when_their_time_comes() -> None:
+    task_id = accept(run_at=datetime.now(UTC) + timedelta(hours=1))
+    assert read(task_id).next_ring_at is None
+    with db.transaction() as connection:
+        connection.execute(
+            update(tasks).where(tasks.c.task_id == task_id).values(run_at=text("now()"))
+        )
+        connection.execute(statements.become_due(10))
+    assert _rung(statements.ring_unrung("tester", 10)) == [task_id]
+
+
+def test_old_tasks_are_pruned_with_their_attempts_and_live_families_are_kept() -> None:
+    old, fresh = accept(), accept()
+    parent, child, _ = _family()
+    for task_id in (old, fresh):
+        finish(task_id, claim(task_id)[0])
+    with db.transaction() as connection:
+        connection.execute(
+            update(tasks)
+            .where(tasks.c.task_id.in_([old, child]))
+            .values(finished_at=text("now() - interval '40 days'"))
+        )
+        connection.execute(statements.prune(after_s=30 * 86_400, scheduled=False, limit=10))
+        left = set(connection.execute(tasks.select().with_only_columns(tasks.c.task_id)).scalars())
+    assert left == {fresh, parent, child}
+    assert outcomes(fresh) == ["succeeded"]
+
+
+def test_ticks_are_taken_once_and_lie_on_multiples_of_the_period() -> None:
+    row = {
+        "name": "s",
+        "agent": "tester",
+        "action": "work",
+        "params": {},
+        "every_s": 30.0,
+        "each_host": False,
+        "time_limit_s": 5.0,
+    }
+    with db.transaction() as connection:
+        connection.execute(statements.declare_schedule(row))
+        first = connection.execute(statements.tick_schedules()).all()
+        second = connection.execute(statements.tick_schedules()).all()
+        next_s = connection.execute(statements.next_tick()).scalar_one()
+    assert [tick.name for tick in first] == ["s"]
+    assert first[0].tick_at.timestamp() % 30 == 0
+    assert (first[0].next_tick_at - first[0].tick_at).total_seconds() == 30
+    assert second == []
+    assert 0 < next_s <= 30

@@ -1,0 +1,189 @@
+"""The relay and the bell, on a real PostgreSQL and a real broker."""
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from kombu import Connection
+from sqlalchemy import select, text
+
+from sutazai import db, lifecycle, redis, statements
+from sutazai.bell import WINDOW_MAX, WINDOW_MIN, window
+from sutazai.keeper import Identity
+from sutazai.models import services, tasks
+from sutazai.relay import BROKER_KEY, Relay
+from sutazai.submission import Options, Submission
+from tests.conftest import Servers, free_port
+
+AGENT = "task-assignment-coordinator"
+
+
+@pytest.fixture
+def bell(database: Servers) -> Iterator[Any]:
+    from sutazai.celery import app
+    from sutazai.ringer import CeleryBell
+
+    made = CeleryBell(app)
+    worker = Identity(f"{AGENT}@here", AGENT, "here")
+    with db.transaction() as connection:
+        connection.execute(statements.enlist({**worker.row, "slots": 2}))
+    yield made
+    made.close()
+
+
+def accept(count: int = 1, *, rung: bool = False, **options: Any) -> None:
+    from sutazai.tasks import load
+
+    describe = load().get(AGENT).get("describe")
+    with db.transaction() as connection:
+        for _ in range(count):
+            lifecycle.accept(connection, Submission(describe, {}, Options(**options)), rung=rung)
+
+
+def rings() -> list[int]:
+    with db.transaction() as connection:
+        return list(connection.execute(select(tasks.c.rings)).scalars())
+
+
+def depth(bell: Any) -> int:
+    bell.close()  # publishes what is in hand
+    found = bell.depth(AGENT)
+    assert found is not None
+    return int(found)
+
+
+def test_a_due_row_is_rung_and_not_again_at_once(bell: Any) -> None:
+    accept(3)
+    relay = Relay(bell)
+    assert relay.round() == 3
+    assert relay.round() == 0
+    assert depth(bell) == 3
+
+
+def test_the_queue_holds_no_more_than_its_window(bell: Any) -> None:
+    accept(WINDOW_MIN + 50)
+    relay = Relay(bell)
+    assert relay.round() == WINDOW_MIN
+    assert depth(bell) == WINDOW_MIN
+    assert relay.round() == 0
+    asked = threading.Event()
+    while bell.room(AGENT, 5):  # the first answer is a guess; within a second it is measured
+        assert not asked.wait(0.05)
+    assert bell.room(AGENT, 9)
+
+
+@pytest.mark.parametrize(
+    ("drained_per_s", "slots", "size"),
+    [(0, 2, WINDOW_MIN), (200, 2, 400), (10_000, 2, WINDOW_MAX), (0, 300, 600)],
+)
+def test_the_window_follows_the_speed(drained_per_s: float, slots: int, size: int) -> None:
+    assert window(drained_per_s, slots) == size
+
+
+def test_urgent_notices_are_served_first(bell: Any) -> None:
+    accept(priority=1)
+    accept(priority=9)
+    Relay(bell).round()
+    assert depth(bell) == 2
+    levels = redis.attempt(lambda client: sorted(client.keys(f"{AGENT}*")))
+    # Redis serves level 0 first, whose list has no suffix: our priority 9.
+    assert levels == [AGENT, f"{AGENT}\x06\x168"]
+
+
+def test_nothing_is_rung_without_a_worker_or_while_paused(bell: Any) -> None:
+    accept()
+    with db.transaction() as connection:
+        connection.execute(text("INSERT INTO queues VALUES (:agent, true)"), {"agent": AGENT})
+    assert Relay(bell).round() == 0
+    with db.transaction() as connection:
+        connection.execute(text("DELETE FROM queues"))
+        connection.execute(text("UPDATE workers SET stopped_at = now()"))
+    assert Relay(bell).round() == 0
+
+
+def test_when_the_broker_forgets_everything_it_is_told_again(bell: Any) -> None:
+    accept(3)
+    relay = Relay(bell)
+    relay.round()
+    assert depth(bell) == 3
+    redis.attempt(lambda client: client.flushall())
+    assert relay.round() == 3
+    assert depth(bell) == 3
+
+
+def test_a_broker_restarted_from_an_old_dump_is_noticed_by_its_run_id(bell: Any) -> None:
+    accept()
+    relay = Relay(bell)
+    relay.round()
+    redis.attempt(lambda client: client.set(BROKER_KEY, "the run id of before"))
+    assert relay.round() == 1
+    assert rings() == [2]
+
+
+def test_an_unreachable_broker_costs_a_second_not_a_task(
+    database: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sutazai.celery import app
+    from sutazai.ringer import CeleryBell
+    from sutazai.tasks import load
+
+    bell = CeleryBell(app)
+    nowhere = f"redis://127.0.0.1:{free_port()}/0"
+    monkeypatch.setattr(app, "connection_for_write", lambda: Connection(nowhere))
+    describe = load().get(AGENT).get("describe")
+    submission = Submission(describe, {}, Options())
+    with db.transaction() as connection:
+        lifecycle.accept(connection, submission, rung=True)
+    assert rings() == [1]
+    bell.ring([submission.notice])
+    bell.close(30)
+    assert rings() == [0]
+    with db.transaction() as connection:
+        in_s = connection.execute(
+            text("SELECT extract(epoch FROM next_ring_at - now()) FROM tasks")
+        ).scalar_one()
+    assert in_s <= 1
+
+
+def test_a_relay_says_that_it_lives_and_says_goodbye(bell: Any) -> None:
+    relay = Relay(bell)
+    relay.round()
+    with db.transaction() as connection:
+        assert connection.execute(select(services.c.kind)).scalars().all() == ["relay"]
+    relay.stop()
+    relay.run()
+    with db.transaction() as connection:
+        assert connection.execute(select(services.c.kind)).scalars().all() == []
+
+
+def test_two_beats_make_one_task_a_tick(bell: Any) -> None:
+    from sutazai.celery import app
+    from sutazai.scheduler import PostgresScheduler
+
+    host = Identity("hardware-resource-optimizer@here", "hardware-resource-optimizer", "here")
+    with db.transaction() as connection:
+        connection.execute(statements.enlist({**host.row, "slots": 1}))
+    beats = [PostgresScheduler(app=app), PostgresScheduler(app=app)]
+    waits = [beat.tick() for beat in beats]
+    assert all(0 < wait <= 5 for wait in waits)
+    with db.transaction() as connection:
+        ticks = connection.execute(
+            select(tasks.c.scheduled_by, tasks.c.host, tasks.c.deadline_at > tasks.c.tick_at)
+        ).all()
+    assert len(ticks) == len(set(ticks))
+    assert ("hardware-resource-optimizer.sample", "here", True) in ticks
+    for beat in beats:
+        beat.close()
+
+
+def test_the_bell_of_a_command_that_ends_at_once_still_rings(bell: Any) -> None:
+    from sutazai.celery import find_action, submit
+
+    action = find_action(f"{AGENT}.describe")
+    assert action
+    assert submit(Submission(action, {}, Options()))
+    from sutazai import celery
+
+    celery.bell().close()
+    assert depth(bell) == 1

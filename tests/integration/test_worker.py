@@ -1,0 +1,342 @@
+"""One attempt from claim to record, in the test's own process, on a real PostgreSQL."""
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+from sqlalchemy import insert, select
+
+from sutazai import db, lifecycle, statements
+from sutazai.agent import Agent, Context, Delegation, NoParams
+from sutazai.bell import Notice
+from sutazai.errors import InvalidInput, LeaseLost, TaskCancelled, TaskFailed, Unavailable
+from sutazai.keeper import Identity, Keeper, Reports
+from sutazai.models import new_id, queues, tasks, workers
+from sutazai.state import State
+from sutazai.submission import Options, Submission
+from sutazai.testing import NoSystem
+from sutazai.worker import NotClaimed, Requeued, Site, perform
+
+pytestmark = pytest.mark.usefixtures("database")
+
+agent = Agent("tester", port=9999, doc="Tests.")
+
+
+class Number(BaseModel):
+    number: float = 0.0
+
+
+@agent.action()
+def double(params: Number, context: Context) -> Number:
+    """Double."""
+    context.progress(1.0, "done")
+    return Number(number=params.number * 2)
+
+
+@agent.action(max_attempts=2, retry_on=(Unavailable,))
+def fail(params: Number, context: Context) -> Number:
+    """Fail as asked."""
+    raise {0: Unavailable, 1: InvalidInput, 2: ZeroDivisionError}[int(params.number)]("as asked")
+
+
+@agent.action()
+def not_a_number(params: NoParams, context: Context) -> Number:
+    """Return what is not JSON."""
+    return Number(number=float("nan"))
+
+
+@agent.action()
+def write(params: Number, context: Context) -> Number:
+    """Write a row with the outcome, or fail after having asked for it."""
+    context.write(insert(queues).values(agent="written"))
+    if params.number == 1:
+        context.write(insert(queues).values(agent="written"))  # violates the primary key
+    if params.number == 2:
+        raise ValueError("after all")
+    return Number()
+
+
+@agent.action()
+def parent(params: NoParams, context: Context) -> Number:
+    """Start a child, twice with the same calls when it runs twice."""
+    context.enqueue(double, Number(number=1))
+    context.enqueue("tester.double", {"number": 2})
+    return Number()
+
+
+@agent.action()
+def delegating(params: NoParams, context: Context) -> Number | Delegation:
+    """Let a child end this."""
+    return context.delegate(double, {"number": 4})
+
+
+@agent.action()
+def cancelled_meanwhile(params: NoParams, context: Context) -> Number:
+    """Be cancelled while running, notice it, and stop."""
+    with db.transaction() as connection:
+        lifecycle.cancel(connection, context.task_id)
+    context.progress(1.0)
+    assert context.cancelled
+    raise Unavailable("stopped")
+
+
+@agent.action()
+def overtaken(params: NoParams, context: Context) -> Number:
+    """Lose the lease while running."""
+    with db.transaction() as connection:
+        connection.execute(tasks.update().values(claim_id=new_id()))
+    return Number()
+
+
+class Silent:
+    """A bell whose notices nobody hears: the tests act as the worker themselves."""
+
+    def __init__(self) -> None:
+        self.rung: list[Notice] = []
+
+    def room(self, agent: str, priority: int) -> bool:
+        return True
+
+    def depth(self, agent: str) -> int | None:
+        return 0
+
+    def ring(self, notices: Sequence[Notice]) -> None:
+        self.rung += notices
+
+
+@pytest.fixture
+def site() -> Site:
+    identity = Identity("tester@here", "tester", "here")
+    return Site(identity, Reports(), {"tester": agent}, NoSystem(), Silent())
+
+
+def run(site: Site, action: Any, **params: Any) -> Any:
+    """Accept a task, perform it, and return its row; raises what `perform` raises."""
+    submission = Submission(action, params, Options())
+    with db.transaction() as connection:
+        lifecycle.accept(connection, submission, rung=True)
+    try:
+        perform(site, action, submission.task_id)
+    finally:
+        run.task_id = submission.task_id  # type: ignore[attr-defined]
+    return read(submission.task_id)
+
+
+def read(task_id: Any) -> Any:
+    with db.transaction() as connection:
+        return connection.execute(statements.task(task_id)).one()
+
+
+def last() -> Any:
+    return read(run.task_id)  # type: ignore[attr-defined]
+
+
+def test_success(site: Site) -> None:
+    row = run(site, double, number=2.0)
+    assert (row.state, row.result, row.progress["fraction"]) == ("succeeded", {"number": 4.0}, 1)
+    assert [attempt["outcome"] for attempt in row.attempts] == ["succeeded"]
+
+
+def test_both_ends_of_an_attempt_are_reported(site: Site) -> None:
+    run(site, double)
+    reports = site.reports.read()
+    assert [report[0] for report in reports] == [True, False]
+    assert reports[0][1] == last().task_id
+    assert reports[0][4] == 60.0
+
+
+def test_a_second_notice_does_nothing(site: Site) -> None:
+    row = run(site, double, number=2.0)
+    with pytest.raises(NotClaimed):
+        perform(site, double, row.task_id)
+    assert read(row.task_id).attempt == 1
+
+
+def test_an_error_to_be_retried_puts_the_task_back_until_attempts_run_out(site: Site) -> None:
+    with pytest.raises(Requeued):
+        run(site, fail, number=0.0)
+    assert (last().state, last().attempts[0]["error"]["code"]) == ("queued", "task_failed")
+    with db.transaction() as connection:
+        connection.execute(tasks.update().values(run_at=tasks.c.created_at))
+    with pytest.raises(TaskFailed, match="as asked"):
+        perform(site, fail, last().task_id)
+    assert (last().state, last().error["retryable"]) == ("failed", True)
+
+
+@pytest.mark.parametrize(
+    ("number", "message", "retryable"),
+    [(1.0, "as asked", False), (2.0, "ZeroDivisionError: as asked", True)],
+)
+def test_other_errors_are_final(site: Site, number: float, message: str, retryable: bool) -> None:
+    with pytest.raises(TaskFailed):
+        run(site, fail, number=number)
+    expected = {"code": "task_failed", "message": message, "retryable": retryable}
+    assert (last().state, last().error) == ("failed", expected)
+
+
+def test_a_result_that_is_not_json_fails_the_task(site: Site) -> None:
+    with pytest.raises(TaskFailed):
+        run(site, not_a_number)
+    assert last().error["code"] == "invalid_result"
+
+
+@pytest.mark.parametrize(
+    ("number", "state", "written"),
+    [(0.0, "succeeded", ["written"]), (1.0, "failed", []), (2.0, "failed", [])],
+    ids=["with success", "a faulty statement", "a failing action"],
+)
+def test_writes_commit_with_the_outcome_or_not_at_all(
+    site: Site, number: float, state: str, written: list[str]
+) -> None:
+    if state == "succeeded":
+        run(site, write, number=number)
+    else:
+        with pytest.raises(TaskFailed):
+            run(site, write, number=number)
+    assert last().state == state
+    with db.transaction() as connection:
+        assert list(connection.execute(select(queues.c.agent)).scalars()) == written
+
+
+def test_children_of_a_repeated_parent_are_the_same(site: Site) -> None:
+    run(site, parent)
+    children = [notice.task_id for notice in site.bell.rung]  # type: ignore[attr-defined]
+    assert len(children) == 2
+    with db.transaction() as connection:
+        connection.execute(
+            tasks.update()
+            .where(tasks.c.task_id == last().task_id)
+            .values(state="queued", finished_at=None)
+        )
+    perform(site, parent, last().task_id)
+    with db.transaction() as connection:
+        found = connection.execute(
+            select(tasks.c.task_id).where(tasks.c.parent_id == last().task_id)
+        ).scalars()
+        assert sorted(found) == sorted(children)
+
+
+def test_delegating(site: Site) -> None:
+    with pytest.raises(Requeued):
+        run(site, delegating)
+    assert last().state == "waiting"
+    perform(site, double, last().child_id)
+    assert (last().state, last().result) == ("succeeded", {"number": 8.0})
+
+
+def test_a_cancelled_task_is_cancelled_whatever_its_action_raises(site: Site) -> None:
+    with pytest.raises(TaskCancelled):
+        run(site, cancelled_meanwhile)
+    assert last().state == "cancelled"
+
+
+def test_an_attempt_that_lost_its_lease_records_nothing(site: Site) -> None:
+    with pytest.raises(LeaseLost):
+        run(site, overtaken)
+    assert (last().state, last().result, last().attempts) == ("running", None, None)
+
+
+# --- the keeper -----------------------------------------------------------------------------
+
+
+def keeper_of(site: Site) -> Keeper:
+    return Keeper(
+        site.identity,
+        site.reports,
+        site.agents,
+        slots=lambda: 2,
+        consuming=lambda: True,
+        each_beat=lambda: None,
+    )
+
+
+def _wait_for(seen: Any) -> None:
+    done = threading.Event()
+    for _ in range(200):
+        if seen():
+            return
+        done.wait(0.05)
+    pytest.fail("not in time")
+
+
+def test_the_keeper_keeps_a_heartbeat_and_says_when_the_worker_stops(site: Site) -> None:
+    keeper = keeper_of(site)
+    keeper.start()
+
+    def row() -> Any:
+        with db.transaction() as connection:
+            return connection.execute(workers.select()).first()
+
+    _wait_for(row)
+    assert (row().name, row().slots, row().pid) == ("tester@here", 2, site.identity.pid)
+    keeper.stop()
+    assert row().stopped_at is not None
+
+
+def test_a_new_worker_takes_over_at_once_what_its_dead_predecessor_ran(site: Site) -> None:
+    dead = Identity("tester@here", "tester", "here", pid=2**22 + 1)
+    submission = Submission(double, {}, Options())
+    with db.transaction() as connection:
+        lifecycle.accept(connection, submission, rung=True)
+        connection.execute(statements.enlist({**dead.row, "slots": 1}))
+        connection.execute(
+            statements.claim(
+                submission.task_id,
+                agent="tester",
+                claim_id=new_id(),
+                worker=dead.name,
+                worker_id=dead.worker_id,
+                host="here",
+            )
+        )
+    assert read(submission.task_id).state == State.RUNNING
+    keeper_of(site).enlist()
+    row = read(submission.task_id)
+    assert (row.state, row.attempts[0]["outcome"]) == ("queued", "lost")
+    with db.transaction() as connection:
+        stopped = connection.execute(
+            select(workers.c.stopped_at).where(workers.c.worker_id == dead.worker_id)
+        ).scalar()
+    assert stopped is not None
+
+
+@pytest.mark.parametrize(
+    "difference",
+    [{"boot_id": "another"}, {"pid_namespace": "another"}],
+    ids=["another boot", "another container"],
+)
+def test_a_worker_that_cannot_be_compared_is_left_to_its_lease(
+    site: Site, difference: dict[str, str]
+) -> None:
+    other = Identity("tester@here", "tester", "here", pid=2**22 + 1, **difference)
+    with db.transaction() as connection:
+        connection.execute(statements.enlist({**other.row, "slots": 1}))
+    keeper_of(site).enlist()
+    with db.transaction() as connection:
+        assert connection.execute(
+            select(workers.c.worker_id).where(workers.c.stopped_at.is_(None))
+        ).scalars().all() == [other.worker_id, site.identity.worker_id]
+
+
+def test_a_reused_pid_is_told_from_the_old_process(site: Site) -> None:
+    # Our own pid lives, but the recorded process began long before.
+    old = Identity("tester@here", "tester", "here", process_started_at=1.0)
+    with db.transaction() as connection:
+        connection.execute(statements.enlist({**old.row, "slots": 1}))
+        [row] = connection.execute(statements.predecessors("tester@here", new_id()))
+    assert site.identity.has_outlived(row)
+    assert not site.identity.has_outlived(_with_own_start(row, site.identity))
+
+
+def _with_own_start(row: Any, identity: Identity) -> Any:
+    return type("Row", (), {**row._mapping, "process_started_at": identity.process_started_at})
+
+
+def test_backoff_has_full_jitter_within_growing_bounds() -> None:
+    for failures in range(1, 12):
+        delays = [lifecycle.backoff_s(failures) for _ in range(300)]
+        bound = min(300, 2**failures)
+        assert 0 <= min(delays) < bound / 4
+        assert bound * 3 / 4 < max(delays) <= bound
