@@ -217,8 +217,7 @@ class Action(Generic[P, R]):
             fields = {**result.__dict__, **(result.__pydantic_extra__ or {})}
             self.result_model.model_validate(fields, extra="forbid", by_name=True)
             data = result.model_dump(mode="json")
-            payload.check(data)
-            size = len(payload.dumps(data))
+            size = payload.check_plain(data)
         except (InvalidInput, ValidationError, ValueError, TypeError) as error:
             raise InvalidResult(f"The result of {self.full_name} is not valid: {error}") from None
         if size > payload.MAX_RESULT_BYTES:

@@ -198,7 +198,7 @@ class CelerySystem:
                 row.agent: row.depth
                 for row in connection.execute(statements.status([w.agent for w in live]))
             }
-        return [WorkerView(**row._mapping, queued=depths[row.agent]) for row in live]
+        return [WorkerView(**row._asdict(), queued=depths[row.agent]) for row in live]
 
     def resize(self, agent: str, host: str, slots: int) -> int:
         """Grow or shrink the pool of one worker, within its agent's bounds."""
@@ -329,7 +329,13 @@ def _enable_events(state: Any) -> Any:
     return celery_enable_events(state)
 
 
-@Panel.register(name="revoke", type="control", help="Cancel tasks.", signature="[id1 [id2 […]]]")
+@Panel.register(
+    name="revoke",
+    type="control",
+    help="Cancel tasks, durably.",
+    variadic="task_id",
+    signature="[id1 [id2 [… [idN]]]]",
+)
 def _revoke(state: Any, task_id: Any, terminate: bool = False, signal: Any = None, **_: Any) -> Any:  # noqa: ARG001, FBT
     ids = [task_id] if isinstance(task_id, str) else list(task_id or [])
     ended = []
@@ -342,7 +348,12 @@ def _revoke(state: Any, task_id: Any, terminate: bool = False, signal: Any = Non
 
 
 @Panel.register(
-    name="terminate", type="control", help="Cancel tasks.", signature="<signal> [id1 …]"
+    name="terminate",
+    type="control",
+    help="Cancel tasks, durably; the signal has no meaning here.",
+    args=[("signal", str)],
+    variadic="task_id",
+    signature="<signal> [id1 [id2 [… [idN]]]]",
 )
 def _terminate(state: Any, signal: Any, task_id: Any, **_: Any) -> Any:  # noqa: ARG001 - Celery passes it
     return _revoke(state, task_id)

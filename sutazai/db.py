@@ -1,4 +1,4 @@
-"""Connections to PostgreSQL, and `transaction()`, the only place that commits.
+"""Connections to PostgreSQL, and the only place that commits: `transaction()` and `run()`.
 
 Engines are made on first use and forgotten after a fork: a connection may not be shared between
 processes. Every connection carries time-outs, because PostgreSQL's own defaults are none.
@@ -7,16 +7,29 @@ processes. Every connection carries time-outs, because PostgreSQL's own defaults
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Iterator
+import re
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from functools import cache
 from typing import Any
 
 import psycopg
-from sqlalchemy import Connection, Engine, create_engine
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
+from psycopg.pq import TransactionStatus
+from psycopg.rows import namedtuple_row
+from sqlalchemy import (
+    Connection,
+    CursorResult,
+    Engine,
+    Executable,
+    Row,
+    TextClause,
+    create_engine,
+)
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
+from sqlalchemy.util import greenlet_spawn
 
 from sutazai import payload
 from sutazai.errors import ConfigurationError, DatabaseUnavailable
@@ -25,8 +38,9 @@ from sutazai.settings import settings
 STATEMENT_TIMEOUT_S = 10.0
 """For workers and the relay; fronts pass 2.5 s, so that a request is answered in time."""
 
-_engine: Engine | None = None
-_async_engine: AsyncEngine | None = None
+_engines: dict[bool, Engine] = {}
+_async_engines: dict[bool, AsyncEngine] = {}
+"""By whether each statement commits by itself; one pool a process and kind."""
 
 
 def url() -> str:
@@ -37,34 +51,41 @@ def url() -> str:
     return "postgresql+psycopg://" + address.split("://", 1)[1]
 
 
-def engine() -> Engine:
+def engine(*, autocommit: bool = False) -> Engine:
     """Return this process's engine."""
-    global _engine  # noqa: PLW0603 - one pool a process
-    if _engine is None:
-        _engine = create_engine(
+    if autocommit not in _engines:
+        _engines[autocommit] = create_engine(
             url(),
             pool_size=4,
             max_overflow=4,
             pool_timeout=5,
-            json_serializer=payload.dumps,
-            connect_args=connect_args(STATEMENT_TIMEOUT_S),
+            **_options(autocommit, STATEMENT_TIMEOUT_S),
         )
-    return _engine
+    return _engines[autocommit]
 
 
-def asynchronous() -> AsyncEngine:
+def asynchronous(*, autocommit: bool = False) -> AsyncEngine:
     """Return this process's engine for event loops, as fronts use it."""
-    global _async_engine  # noqa: PLW0603 - one pool a process
-    if _async_engine is None:
-        _async_engine = create_async_engine(
+    if autocommit not in _async_engines:
+        _async_engines[autocommit] = create_async_engine(
             url(),
             pool_size=8,
             max_overflow=0,
             pool_timeout=1,
-            json_serializer=payload.dumps,
-            connect_args=connect_args(2.5),
+            **_options(autocommit, 2.5),
         )
-    return _async_engine
+    return _async_engines[autocommit]
+
+
+def _options(autocommit: bool, statement_timeout_s: float) -> dict[str, Any]:
+    own: dict[str, Any] = (
+        # Nothing is left to roll back when each statement has committed by itself.
+        {"isolation_level": "AUTOCOMMIT", "pool_reset_on_return": None} if autocommit else {}
+    )
+    return own | {
+        "json_serializer": payload.dumps,
+        "connect_args": connect_args(statement_timeout_s),
+    }
 
 
 def connect_args(statement_timeout_s: float) -> dict[str, Any]:
@@ -108,31 +129,106 @@ async def async_transaction() -> AsyncIterator[AsyncConnection]:
         raise _translate(error) from error
 
 
+def run(statement: Executable) -> Sequence[Any]:
+    """Run one statement, which commits by itself in one round trip; return its rows.
+
+    SQL text goes straight to the driver, which costs a fraction of SQLAlchemy's execution; it is
+    what every task passes through. Raises `DatabaseUnavailable`, as `transaction` does.
+    """
+    try:
+        if not isinstance(statement, TextClause):
+            with engine(autocommit=True).connect() as connection:
+                return _rows(connection.execute(statement))
+        pooled = engine(autocommit=True).raw_connection()
+        driver: Any = pooled.driver_connection
+        try:
+            cursor = driver.cursor(row_factory=namedtuple_row).execute(*_for_driver(statement))
+            return cursor.fetchall() if cursor.description else []
+        finally:
+            if _is_usable(driver):
+                pooled.close()
+            else:
+                # Most likely the server restarted: what else is pooled is broken too.
+                pooled.invalidate()
+                engine(autocommit=True).dispose()
+    except (SQLAlchemyError, psycopg.Error) as error:
+        raise _translate(error) from error
+
+
+async def async_run(statement: Executable) -> Sequence[Any]:
+    """Do the same as `run` on an event loop."""
+    try:
+        if not isinstance(statement, TextClause):
+            async with asynchronous(autocommit=True).connect() as connection:
+                return _rows(await connection.execute(statement))
+        pooled = await asynchronous(autocommit=True).raw_connection()
+        driver: Any = pooled.driver_connection
+        try:
+            cursor = driver.cursor(row_factory=namedtuple_row)
+            await cursor.execute(*_for_driver(statement))
+            return await cursor.fetchall() if cursor.description else []
+        finally:
+            if _is_usable(driver):
+                pooled.close()
+            else:
+                await greenlet_spawn(pooled.invalidate)
+                await asynchronous(autocommit=True).dispose()
+    except (SQLAlchemyError, psycopg.Error) as error:
+        raise _translate(error) from error
+
+
+def _rows(result: CursorResult[Any]) -> Sequence[Row[Any]]:
+    return result.all() if result.returns_rows else []
+
+
+def _for_driver(statement: TextClause) -> tuple[str, dict[str, Any]]:
+    # SQLAlchemy has no public way to the values bound to a text.
+    values = {name: bound.value for name, bound in statement._bindparams.items()}
+    return _driver_sql(statement.text), values
+
+
+@cache
+def _driver_sql(sql: str) -> str:
+    return _PARAMETER.sub(r"%(\1)s", sql.replace("%", "%%"))
+
+
+_PARAMETER = re.compile(r"(?<!:):([a-z_]+)")
+
+
+def _is_usable(driver: Any) -> bool:
+    """Whether a connection may go back to its pool: not broken, not amid a cancelled statement."""
+    return not driver.closed and driver.info.transaction_status == TransactionStatus.IDLE
+
+
 def dispose() -> None:
     """Close this process's pooled connections (synchronous ones)."""
-    global _engine  # noqa: PLW0603 - made again on next use
-    if _engine is not None:
-        _engine.dispose()
-        _engine = None
+    while _engines:
+        _engines.popitem()[1].dispose()
 
 
-def _translate(error: SQLAlchemyError) -> Exception:
+async def async_dispose() -> None:
+    """Close this process's pooled connections of its event loop."""
+    while _async_engines:
+        await _async_engines.popitem()[1].dispose()
+
+
+def _translate(error: Exception) -> Exception:
     if isinstance(error, PoolTimeout):
         return DatabaseUnavailable("PostgreSQL is busy: no connection became free; try again.")
-    original = error.orig if isinstance(error, DBAPIError) else None
+    original = error.orig if isinstance(error, DBAPIError) else error
     if isinstance(original, psycopg.errors.QueryCanceled | psycopg.errors.LockNotAvailable):
         return DatabaseUnavailable("PostgreSQL did not answer in time; try again.")
-    if isinstance(error, OperationalError | InterfaceError):
-        return DatabaseUnavailable("PostgreSQL does not answer; try again shortly.")
     if isinstance(original, psycopg.errors.ReadOnlySqlTransaction):
         return DatabaseUnavailable("PostgreSQL is in read-only mode; nothing can be accepted.")
+    if isinstance(original, psycopg.OperationalError | psycopg.InterfaceError):
+        return DatabaseUnavailable("PostgreSQL does not answer; try again shortly.")
     return error
 
 
 def _forget() -> None:
     # Dropping is enough: psycopg never closes a connection that another process opened.
-    global _engine, _async_engine  # noqa: PLW0603 - see engine()
-    _engine = _async_engine = None
+    _engines.clear()
+    _async_engines.clear()
 
 
 os.register_at_fork(after_in_child=_forget)

@@ -13,6 +13,7 @@ import re
 from typing import Any
 
 import orjson
+from pydantic_core import to_json
 
 from sutazai.errors import InvalidInput, MalformedJSON
 
@@ -51,6 +52,21 @@ def loads(raw: bytes) -> Any:
 def dumps(value: Any) -> str:
     """Write JSON text for PostgreSQL or Redis; the value has passed `check` or a model."""
     return orjson.dumps(value, default=str).decode()
+
+
+def check_plain(value: Any) -> int:
+    """Do what `check` does for a value made of plain JSON types; return its size in bytes.
+
+    One pass in compiled code finds what cannot be wrong, which is nearly every value.
+    """
+    raw = to_json(value, inf_nan_mode="constants")
+    if (
+        any(token in raw for token in (b"NaN", b"Infinity", b"\\u0000"))
+        or _LONG_INTEGER.search(raw)
+        or raw.count(b"[") + raw.count(b"{") > MAX_DEPTH
+    ):
+        check(value)
+    return len(raw)
 
 
 def check(value: Any) -> None:  # noqa: PLR0912 - one branch a type

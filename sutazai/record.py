@@ -39,7 +39,7 @@ _FIELDS = (
 
 def task_json(row: Row[Any]) -> dict[str, Any]:
     """Return the task of a row of `statements.task` or `tasks_page`; instants are text in UTC."""
-    values = row._mapping
+    values = row._asdict()
     task: dict[str, Any] = {"task_id": str(row.task_id)}
     task.update((name, _plain(values[name])) for name in _FIELDS)
     task["attempts"] = [

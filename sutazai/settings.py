@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shlex
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -262,6 +262,22 @@ def read_env_file(path: Path) -> Mapping[str, str]:
         if separator and not line.startswith("#"):
             values[name.strip()] = "".join(shlex.split(value))
     return values
+
+
+def remember(home: Path, *, port_offset: int, agents: Sequence[str]) -> None:
+    """Write into the home's `env` how it was started."""
+    file = home / "env"
+    kept = {
+        name: value
+        for name, value in read_env_file(file).items()
+        if name not in (f"{PREFIX}PORT_OFFSET", f"{PREFIX}AGENTS")
+    }
+    kept[f"{PREFIX}PORT_OFFSET"] = str(port_offset)
+    if agents:
+        kept[f"{PREFIX}AGENTS"] = ",".join(agents)
+    lines = "".join(f"{name}={shlex.quote(value)}\n" for name, value in kept.items())
+    file.touch(mode=0o600)
+    file.write_text(lines, encoding="utf-8")
 
 
 def _last_home_file() -> Path:

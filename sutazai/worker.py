@@ -16,7 +16,7 @@ from uuid import UUID, uuid4
 
 from pydantic import BaseModel
 from tenacity import (
-    retry,
+    Retrying,
     retry_if_exception_type,
     stop_after_delay,
     wait_random_exponential,
@@ -43,6 +43,13 @@ if TYPE_CHECKING:
 
 RECORD_FOR_S = 120.0
 """How long an outcome is tried to be recorded while PostgreSQL is away."""
+
+_PATIENTLY = Retrying(
+    retry=retry_if_exception_type(DatabaseUnavailable),
+    wait=wait_random_exponential(multiplier=0.2, max=3),
+    stop=stop_after_delay(RECORD_FOR_S),
+    reraise=True,
+)
 
 
 @dataclass(frozen=True)
@@ -167,6 +174,8 @@ class Attempt:
         began = time.monotonic()
         try:
             result = self._action(self._action.parse(self._row.params), self)
+            if self._cancelled:
+                raise TaskCancelled  # the action saw it, and returned early
             if isinstance(result, Delegation):
                 return self._delegated(result)
             stored = self._action.dump(result)
@@ -214,7 +223,14 @@ class Attempt:
         return TaskFailed(described["message"])
 
     def _end(self, state: State, outcome: Outcome, **values: Any) -> None:
+        writes = self._writes if state is State.SUCCEEDED else []
+        parent_id = self._row.parent_id
+
         def record() -> bool:
+            if not writes and parent_id is None:
+                # Most tasks: one statement, so one round trip.
+                finish = statements.finish(self.task_id, self.claim_id, state, outcome, **values)
+                return bool(db.run(finish))
             with db.transaction() as connection:
                 done = lifecycle.end(
                     connection,
@@ -222,12 +238,11 @@ class Attempt:
                     self.claim_id,
                     state,
                     outcome,
-                    parent_id=self._row.parent_id,
+                    parent_id=parent_id,
                     **values,
                 )
-                if done and state is State.SUCCEEDED:
-                    for statement in self._writes:
-                        connection.execute(statement)
+                for statement in writes if done else []:
+                    connection.execute(statement)
                 return done
 
         self._record(record)
@@ -253,20 +268,19 @@ class Attempt:
         A commit that raises is uncertain: it may have happened. Repeating is safe, because the
         claim's fence admits it once; then the attempt's row tells which of the two it was.
         """
-        recorder = retry(
-            retry=retry_if_exception_type(DatabaseUnavailable),
-            wait=wait_random_exponential(multiplier=0.2, max=3),
-            stop=stop_after_delay(RECORD_FOR_S),
-            reraise=True,
-        )(record)
+        uncertain = False
         try:
-            if recorder():
-                return
-        except DatabaseUnavailable as error:
-            raise Unrecorded(str(error)) from error
+            recorded = record()
+        except DatabaseUnavailable:
+            uncertain = True
+            try:
+                recorded = _PATIENTLY(record)
+            except DatabaseUnavailable as error:
+                raise Unrecorded(str(error)) from error
+        if recorded:
+            return
         with db.transaction() as connection:
             known = connection.execute(statements.outcome_of(self.task_id, self.claim_id)).first()
-        uncertain = recorder.statistics.get("attempt_number", 1) > 1
         if known is None or not uncertain:
             self.log.warning("outcome refused: the attempt had lost its lease")
             raise LeaseLost
@@ -288,19 +302,19 @@ def perform(site: Site, action: Action[Any, Any], task_id: UUID) -> str:
     """
     claim_id = uuid4()
     identity = site.identity
-    with db.transaction() as connection:
-        row = connection.execute(
-            statements.claim(
-                task_id,
-                agent=action.agent,
-                claim_id=claim_id,
-                worker=identity.name,
-                worker_id=identity.worker_id,
-                host=identity.host,
-            )
-        ).first()
-    if row is None:
+    claimed = db.run(
+        statements.claim(
+            task_id,
+            agent=action.agent,
+            claim_id=claim_id,
+            worker=identity.name,
+            worker_id=identity.worker_id,
+            host=identity.host,
+        )
+    )
+    if not claimed:
         raise NotClaimed
+    [row] = claimed
     site.reports.tell(began=True, task_id=task_id, claim_id=claim_id, limit_s=row.time_limit_s)
     try:
         with log.fields(

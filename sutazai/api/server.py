@@ -130,7 +130,7 @@ async def _serve(agents: Sequence[Agent], bell: Bell | None, sockets: list[socke
         )
     finally:
         await waiting.close()
-        await db.asynchronous().dispose()
+        await db.async_dispose()
 
 
 def configure(app: FastAPI) -> uvicorn.Config:

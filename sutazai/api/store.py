@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from sutazai import db
@@ -22,15 +22,40 @@ _QUICKLY_S = 0.5
 
 T = TypeVar("T")
 
-Work = Callable[[AsyncConnection], Awaitable[T]]
+Work = Callable[["AsyncConnection"], Awaitable[T]]
 
 
-async def run(work: Work[T], *, within_s: float = WITHIN_S, repeatable: bool = True) -> T:
-    """Run work in one transaction; raises `DatabaseUnavailable` when that takes too long.
+async def rows(statement: Executable, *, within_s: float = WITHIN_S) -> Sequence[Row[Any]]:
+    """Run one statement and return its rows; raises `DatabaseUnavailable` when that takes too long.
 
-    `repeatable`: doing it twice is harmless, so it is tried again when it fails quickly.
+    Doing it twice must be harmless: it is tried again when it fails quickly.
     """
-    task = asyncio.ensure_future(_transact(work, repeatable))
+
+    async def read() -> Sequence[Row[Any]]:
+        began = time.monotonic()
+        try:
+            return await db.async_run(statement)
+        except DatabaseUnavailable:
+            # A pooled connection may be from before a restart of PostgreSQL; the next one is new.
+            if time.monotonic() - began > _QUICKLY_S:
+                raise
+        return await db.async_run(statement)
+
+    return await _bounded(read(), within_s)
+
+
+async def run(work: Work[T], *, within_s: float = WITHIN_S) -> T:
+    """Run work in one transaction; raises `DatabaseUnavailable` when that takes too long."""
+
+    async def transact() -> T:
+        async with db.async_transaction() as connection:
+            return await work(connection)
+
+    return await _bounded(transact(), within_s)
+
+
+async def _bounded(work: Coroutine[Any, Any, T], within_s: float) -> T:
+    task = asyncio.ensure_future(work)
     try:
         # Not asyncio.timeout: a driver that is cancelled waits for a server that does not answer.
         done, _ = await asyncio.wait({task}, timeout=within_s)
@@ -41,32 +66,6 @@ async def run(work: Work[T], *, within_s: float = WITHIN_S, repeatable: bool = T
         _abandon(task)
         raise DatabaseUnavailable("PostgreSQL did not answer in time; try again.")
     return task.result()
-
-
-async def rows(statement: Executable, *, within_s: float = WITHIN_S) -> Sequence[Row[Any]]:
-    """Run one statement and return its rows; it must be repeatable."""
-
-    async def read(connection: AsyncConnection) -> Sequence[Row[Any]]:
-        result = await connection.execute(statement)
-        return result.all() if result.returns_rows else []
-
-    return await run(read, within_s=within_s)
-
-
-async def _transact(work: Work[T], repeatable: bool) -> T:
-    began = time.monotonic()
-    try:
-        return await _once(work)
-    except DatabaseUnavailable:
-        # A pooled connection may be from before a restart of PostgreSQL; the next one is new.
-        if not repeatable or time.monotonic() - began > _QUICKLY_S:
-            raise
-    return await _once(work)
-
-
-async def _once(work: Work[T]) -> T:
-    async with db.async_transaction() as connection:
-        return await work(connection)
 
 
 def _abandon(task: asyncio.Future[Any]) -> None:

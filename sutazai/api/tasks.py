@@ -174,7 +174,7 @@ async def _cancel(task_id: UUID) -> _Cancelled:
             raise TaskNotFound
         return _Cancelled(row, ended)
 
-    return await store.run(change, repeatable=False)
+    return await store.run(change)
 
 
 def _announce(ended: Sequence[Ended]) -> None:

@@ -77,5 +77,6 @@ def run(arguments: Sequence[str]) -> int:
     except ConfigurationError as error:
         return fail(str(error), 1)
     except SutazaiError as error:
-        return fail(str(error), USAGE)
+        more = error.details if len(error.details) > 1 else []
+        return fail(str(error), USAGE, more)
     return 0

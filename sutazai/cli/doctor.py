@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 import httpx
 
 from sutazai import db, migration, redis, statements
+from sutazai.cli.operation import started
 from sutazai.embedded import port_holder
 from sutazai.errors import ConfigurationError, SutazaiError
 from sutazai.settings import settings
@@ -123,7 +124,7 @@ def _is_faulty(version: str) -> bool:
 
 def _workers() -> Iterator[Finding]:
     with db.transaction() as connection:
-        rows = connection.execute(statements.status(list(load().agents))).all()
+        rows = connection.execute(statements.status(started(load().agents))).all()
     for row in rows:
         if row.workers:
             names = ", ".join(worker["id"] for worker in row.workers)
@@ -141,7 +142,7 @@ def _workers() -> Iterator[Finding]:
 
 
 def _ports() -> Iterator[Finding]:
-    for agent in load().agents.values():
+    for agent in map(load().get, started(load().agents)):
         port = settings().port(agent.name, agent.port)
         holder = port_holder(port, settings().bind)
         if holder is None:

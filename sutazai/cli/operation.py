@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 import typer
 from rich.live import Live
 
 from sutazai.cli.output import AsJSON, console, print_json, table
+from sutazai.embedded import Supervisor
 from sutazai.settings import settings
 
 REFRESH_S = 2.0
@@ -61,7 +63,7 @@ def _read() -> list[dict[str, Any]]:
     from sutazai.api.health import assess, check_services
     from sutazai.tasks import load
 
-    names = list(load().agents)
+    names = started(load().agents)
     with db.transaction() as connection:
         states = connection.execute(statements.status(names)).all()
         ended = {row.agent: row for row in connection.execute(statements.activity(60.0))}
@@ -84,6 +86,15 @@ def _read() -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def started(declared: Iterable[str]) -> list[str]:
+    """Return the agents that `up` started here; all that are declared where it did not."""
+    supervisor = Supervisor(settings().home)
+    if not supervisor.running():
+        return list(declared)
+    running = {program.name for program in supervisor.programs()}
+    return [name for name in declared if f"worker-{name}" in running]
 
 
 def _table(rows: list[dict[str, Any]]) -> Any:

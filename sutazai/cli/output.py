@@ -36,9 +36,12 @@ _COLOURS = {
 }
 
 
-def fail(message: str, code: int) -> int:
-    """Print one line on standard error, and return the exit code."""
+def fail(message: str, code: int, details: Sequence[Any] = ()) -> int:
+    """Print one line on standard error, the details under it, and return the exit code."""
     errors.print(f"[red]sutazai:[/red] {escape(message)}", soft_wrap=True)
+    for detail in details:
+        parts = detail.values() if isinstance(detail, dict) else [detail]
+        errors.print(f"  {escape(': '.join(map(str, parts)))}", soft_wrap=True)
     return code
 
 

@@ -28,7 +28,7 @@ from sutazai.embedded import (
     wait_for_servers,
 )
 from sutazai.errors import ConfigurationError, Unavailable
-from sutazai.settings import is_given, override, read_env_file, remember_home, settings
+from sutazai.settings import is_given, override, read_env_file, remember, remember_home, settings
 
 HEALTHY_WITHIN_S = 60.0
 STOPPED_WITHIN_S = 60.0
@@ -74,16 +74,19 @@ def up(
     PostgreSQL and Valkey are private ones unless SUTAZAI_DATABASE_URL and SUTAZAI_BROKER_URL name
     yours. Ctrl-C drains and stops all that was started; a second one stops at once.
     """
+    own = settings()
+    offset = own.port_offset if is_given("port_offset") else 0
+    modules = own.agents if is_given("agents") else ()
     override(
-        home=str((home or settings().home).absolute()),
-        **({"port_offset": str(port_offset)} if port_offset is not None else {}),
-        **({"agents": ",".join([*settings().agents, *agent])} if agent else {}),
+        home=str((home or own.home).absolute()),
+        port_offset=str(offset if port_offset is None else port_offset),
+        agents=",".join([*modules, *(agent or ())]) or None,
     )
     from sutazai.tasks import load
 
-    chosen = load().choose(agents)
     for reference, why in load().faults.items():
         errors.print(f"[red]left out:[/red] {reference}: {cell(why)}", soft_wrap=True)
+    chosen = load().choose(agents)
     with errors.status("Preparing …") as progress:
         code = _System(chosen, flower=not no_flower, detach=detach).start(progress)
     raise typer.Exit(code)
@@ -217,10 +220,12 @@ class _System:
         programs: list[Program] = []
         if self._embedded:
             prepare(self._home, POSTGRESQL_PORT + self._offset, VALKEY_PORT + self._offset)
-            settings.cache_clear()
             programs += server_programs(self._home)
         else:
             self._home.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # So that other commands ask the right ports, and know the same agents.
+        remember(self._home, port_offset=self._offset, agents=settings().agents)
+        settings.cache_clear()
         names = [agent.name for agent in self._agents]
         ours: dict[str, tuple[str, ...]] = {f"worker-{name}": ("worker", name) for name in names}
         ours |= {"front": ("api", ",".join(names)), "relay": ("relay",), "beat": ("beat",)}

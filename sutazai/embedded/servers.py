@@ -215,7 +215,7 @@ def _environment(
     credentials: Mapping[str, str], postgresql_port: int, valkey_port: int
 ) -> dict[str, str]:
     database = f"sutazai:{credentials['database']}@127.0.0.1:{postgresql_port}/sutazai"
-    broker = f"redis://:{credentials['broker']}@127.0.0.1:{valkey_port}/0"
+    broker = f"redis://default:{credentials['broker']}@127.0.0.1:{valkey_port}/0"
     return {
         "SUTAZAI_DATABASE_URL": f"postgresql://{database}",
         "SUTAZAI_BROKER_URL": broker,

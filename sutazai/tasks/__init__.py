@@ -7,6 +7,7 @@ names `module:agent`.
 from __future__ import annotations
 
 import importlib
+import sys
 import traceback
 from dataclasses import dataclass, field
 from functools import cache
@@ -56,6 +57,9 @@ class Agents:
 def load() -> Agents:
     """Import every agent once. One that cannot be imported is named in `faults`, with its place."""
     found = Agents()
+    if settings().agents and str(Path.cwd()) not in sys.path:
+        # An agent without packaging usually is a file in this folder.
+        sys.path.insert(0, str(Path.cwd()))
     for reference in _references():
         try:
             _add(found, _import(reference))

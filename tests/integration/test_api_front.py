@@ -182,7 +182,7 @@ def running(migrated: Any) -> Iterator[Front]:
         started.put((ports, waiting, servers, asyncio.get_running_loop()))
         await asyncio.gather(*runs)
         await waiting.close()
-        await db.asynchronous().dispose()
+        await db.async_dispose()
 
     def start() -> None:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

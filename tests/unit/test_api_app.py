@@ -65,7 +65,7 @@ def tick(params: Options, context: Context) -> Sum:
 def app(monkeypatch: pytest.MonkeyPatch) -> Iterator[FastAPI]:
     # Nothing listens there, so whatever needs a store is refused at once; the engine that is made
     # for it must not be met by other tests.
-    monkeypatch.setattr(db, "_async_engine", None)
+    monkeypatch.setattr(db, "_async_engines", {})
     override(
         database_url="postgresql://nobody@127.0.0.1:1/none", broker_url="redis://127.0.0.1:1/0"
     )

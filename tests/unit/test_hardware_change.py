@@ -252,6 +252,14 @@ def test_linking_frees_exactly_what_it_reports(tree: Path) -> None:
     assert again == done.gain, "repeating it after a crash tells the same"
 
 
+def test_linking_a_file_that_got_a_further_name_frees_nothing(tree: Path, tmp_path: Path) -> None:
+    fill(tree / "oldest", 400 * KIB, age_days=90)
+    copy = fill(tree / "copy", 400 * KIB)
+    (item,) = links(tree)
+    os.link(copy, tmp_path / "elsewhere")
+    assert carry_out(HardlinkDuplicate(), item).gain == {"disk_bytes": 0}
+
+
 def test_linking_is_undone_into_files_of_their_own(tree: Path) -> None:
     oldest = fill(tree / "oldest", 400 * KIB, age_days=90)
     copy = fill(tree / "copy", 400 * KIB)

@@ -271,9 +271,11 @@ def test_pressure_shrinks_pools_with_idle_slots(
     now: dict[str, Any], pressure: dict[str, Any]
 ) -> None:
     now |= pressure
-    assert tuned(worker("agent-a", slots=4, running=1, queued=50), worker("agent-b", slots=1)) == [
-        ("agent-a", 4, 3)
-    ]
+    views = (
+        worker("agent-a", slots=3, running=1, queued=50),
+        worker("agent-b", slots=4, running=4),
+    )
+    assert tuned(*views) == [("agent-a", 3, 2)]
 
 
 def test_pressure_with_every_slot_busy_shrinks_the_largest_pool_only(now: dict[str, Any]) -> None:

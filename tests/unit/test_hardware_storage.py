@@ -237,6 +237,10 @@ def test_folder_swapped_for_a_link_is_noticed(tmp_path: Path) -> None:
     path = fill(tmp_path / "folder" / "file", KIB)
     with protection.held_folder(path) as descriptor:
         assert os.stat("file", dir_fd=descriptor).st_size == KIB
+    (tmp_path / "link").symlink_to(tmp_path)
+    higher_up = tmp_path / "link" / "folder" / "file"
+    with pytest.raises(InvalidInput, match="symbolic link"), protection.held_folder(higher_up):
+        pytest.fail("the link was followed")
     path.parent.rename(tmp_path / "moved")
     (tmp_path / "folder").symlink_to(tmp_path / "moved")
     with pytest.raises(InvalidInput), protection.held_folder(path):

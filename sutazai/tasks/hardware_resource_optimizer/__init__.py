@@ -22,7 +22,13 @@ from sutazai.tasks.hardware_resource_optimizer import (
     storage,
 )
 
-agent = Agent("hardware-resource-optimizer", port=8002, doc=__doc__, slots=(1, 2, 4))
+agent = Agent(
+    "hardware-resource-optimizer",
+    port=8002,
+    doc=__doc__,
+    slots=(1, 2, 4),
+    default_action="get_metrics",
+)
 
 _SCAN_LIMIT_S = storage.LONGEST_BUDGET_S + 30.0
 _CHANGE_LIMIT_S = remedy.LONGEST_S + 120.0

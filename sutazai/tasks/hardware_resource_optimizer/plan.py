@@ -58,15 +58,7 @@ MOST_FILES = 500_000
 _TEMPORARY = (Path("/tmp"), Path("/var/tmp"))  # noqa: S108 - to be looked at, not written to
 _FRESH_S = 5.0
 
-PlanResource = Literal["memory", "cpu", "disk", "all", "pools"]
-
-_NO_GAIN: dict[PlanResource, Gain] = {
-    "memory": {"memory_bytes": 0},
-    "cpu": {"cpu_percent": 0},
-    "disk": {"disk_bytes": 0},
-    "all": {"memory_bytes": 0, "cpu_percent": 0, "disk_bytes": 0},
-    "pools": {},
-}
+PlanResource = Literal["memory", "cpu", "disk"]
 
 
 class OptimizeParams(BaseModel):
@@ -156,7 +148,7 @@ class _Draft:
 
 
 def optimize(
-    resources: tuple[Literal["memory", "cpu", "disk"], ...],
+    resources: tuple[PlanResource, ...],
     params: OptimizeParams,
     context: Context,
 ) -> Optimization:
@@ -167,8 +159,7 @@ def optimize(
     for resource in resources:
         _PLANNERS[resource](draft, metrics, params, roots, context)
         draft.suggestions += advice.ADVISERS[resource](metrics, params.threshold_percent)
-    name: PlanResource = resources[0] if len(resources) == 1 else "all"
-    return _conclude(name, draft, metrics, context, dry_run=params.dry_run)
+    return _conclude(draft, metrics, context, dry_run=params.dry_run, resources=resources)
 
 
 def tune_pools(params: TuneParams, context: Context) -> Optimization:
@@ -188,16 +179,22 @@ def tune_pools(params: TuneParams, context: Context) -> Optimization:
             else pool.growable(context, metrics, bounds)
         )
         draft.items += ResizePool().propose(changes, context)
-    return _conclude("pools", draft, here, context, dry_run=params.dry_run)
+    return _conclude(draft, here, context, dry_run=params.dry_run)
 
 
 def _conclude(
-    resource: PlanResource, draft: _Draft, metrics: Metrics, context: Context, *, dry_run: bool
+    draft: _Draft,
+    metrics: Metrics,
+    context: Context,
+    *,
+    dry_run: bool,
+    resources: tuple[PlanResource, ...] | None = None,
 ) -> Optimization:
     """Store the plan, and carry out what is reversible unless it is a dry run."""
     plan_id = uuid4()
     items = [item.model_dump(mode="json") for item in draft.items]
-    row = tables.insert_plan(plan_id, context.host, resource, items)
+    name = ",".join(resources) if resources else "pools"
+    row = tables.insert_plan(plan_id, context.host, name, items)
     applied: list[AppliedItem] = []
     gain: Gain | None = None
     if dry_run:
@@ -207,8 +204,7 @@ def _conclude(
         with db.transaction() as connection:
             connection.execute(row)
         reversible = [item for item in draft.items if item.reversible]
-        applied, measured = remedy.carry_out(plan_id, reversible, context)
-        gain = {**_NO_GAIN[resource], **measured}
+        applied, gain = remedy.carry_out(plan_id, reversible, context, resources)
         draft.suggestions += _of_quarantined(applied)
     usage = {name: getattr(metrics, name) for name in Usage.model_fields}
     return Optimization(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal
 from uuid import UUID, uuid4
@@ -44,9 +44,20 @@ REMEDIES: dict[Kind, Remedy] = {
 LONGEST_S = 480.0
 """Items that are not begun by then are left for another call, within the action's time limit."""
 
-_MEMORY_KINDS = frozenset({"shrink_pool", "unload_model", "reclaim_cgroup", "stop_process"})
-_CPU_KINDS = frozenset({"renice", "set_affinity", "shrink_pool"})
-_DISK_KINDS = frozenset({"quarantine_file", "hardlink_duplicate"})
+_FIGURES = {"memory": "memory_bytes", "cpu": "cpu_percent", "disk": "disk_bytes"}
+
+_FREES: dict[Kind, frozenset[str]] = {
+    "shrink_pool": frozenset({"memory", "cpu"}),
+    "grow_pool": frozenset(),
+    "unload_model": frozenset({"memory"}),
+    "reclaim_cgroup": frozenset({"memory"}),
+    "stop_process": frozenset({"memory"}),
+    "renice": frozenset({"cpu"}),
+    "set_affinity": frozenset({"cpu"}),
+    "quarantine_file": frozenset({"disk"}),
+    "hardlink_duplicate": frozenset({"disk"}),
+}
+
 _SETTLING_S = 1.0
 _items = TypeAdapter(list[PlanItem])
 
@@ -148,15 +159,20 @@ def apply(params: ApplyParams, context: Context) -> ApplyResult:
 
 
 def carry_out(
-    plan_id: UUID, items: Sequence[PlanItem], context: Context
+    plan_id: UUID,
+    items: Sequence[PlanItem],
+    context: Context,
+    resources: Collection[str] | None = None,
 ) -> tuple[list[AppliedItem], Gain]:
     """Carry items out one after another; return how each ended and the gain of all.
 
-    Memory and CPU are measured for the machine as a whole, before the first and after the last;
-    of the disk each item measures what it freed itself, because others write meanwhile.
+    The gain is told of these resources, by default of those that the kinds are meant for. Memory
+    and CPU time are measured for the machine as a whole, before the first and after the last; of
+    the disk each item measures what it freed itself, because others write meanwhile.
     """
-    kinds = {item.kind for item in items}
-    before = _room(kinds)
+    if resources is None:
+        resources = {resource for item in items for resource in _FREES[item.kind]}
+    before = _room(resources) if items else {}
     ends_at = time.monotonic() + LONGEST_S
     applied = []
     for number, item in enumerate(items):
@@ -168,20 +184,21 @@ def carry_out(
     after = before
     if before and any(ended.outcome == "applied" for ended in applied):
         time.sleep(_SETTLING_S)  # a process that was told to end takes a moment
-        after = _room(kinds)
-    gain: Gain = {name: round(after[name] - value, 1) for name, value in before.items()}
-    if kinds & _DISK_KINDS:
+        after = _room(resources)
+    gain: Gain = {_FIGURES[resource]: 0 for resource in resources}
+    gain |= {name: round(after[name] - value, 1) for name, value in before.items()}
+    if "disk" in resources:
         gain |= _sum_of_disk(applied)
     return applied, gain
 
 
-def _room(kinds: set[Kind]) -> Gain:
-    """Return what the machine has left of what such items are to free."""
+def _room(resources: Collection[str]) -> Gain:
+    """Return what the machine has left of these resources."""
     room: Gain = {}
-    if kinds & _MEMORY_KINDS:
-        room["memory_bytes"] = meter.read_memory().available
-    if kinds & _CPU_KINDS:
-        room["cpu_percent"] = 100 - meter.read_cpu_percent()
+    if "memory" in resources:
+        room[_FIGURES["memory"]] = meter.read_memory().available
+    if "cpu" in resources:
+        room[_FIGURES["cpu"]] = 100 - meter.read_cpu_percent()
     return room
 
 

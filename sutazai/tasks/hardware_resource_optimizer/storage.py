@@ -297,7 +297,7 @@ def analyze(params: ScanParams, context: Context) -> StorageReport:
         size += record.size_bytes
         folder, name = os.path.split(record.path)
         folders.add(folder, record)
-        extensions.add(Path(name).suffix.lower()[:16] or "(none)", record)
+        extensions.add(_extension(name), record)
         ages.add(_age_name(record.age_days(now_s)), record)
         _keep_largest(largest, record, params.limit)
     return StorageReport(
@@ -368,6 +368,11 @@ def _with_descendants(own: Counter[str], root: Path) -> Counter[str]:
             if level == root:
                 break
     return totals
+
+
+def _extension(name: str) -> str:
+    stem, _, last = name.rpartition(".")
+    return f".{last}".lower()[:16] if stem else "(none)"
 
 
 def _age_name(days: float) -> str:
