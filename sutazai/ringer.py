@@ -21,6 +21,9 @@ from sutazai.errors import DatabaseUnavailable
 SECOND_NET_S = 10.0
 """Celery's own hard time limit lies this far beyond the task's, which the keeper enforces."""
 
+_MEASURE, _CLOSE = "measure", "close"
+"""What the thread is told beside notices."""
+
 _logger = log.get(__name__)
 
 
@@ -29,7 +32,8 @@ class CeleryBell:
 
     def __init__(self, app: Celery) -> None:
         self._app = app
-        self._waiting: queue.SimpleQueue[Notice | None] = queue.SimpleQueue()
+        self._waiting: queue.SimpleQueue[Notice | str] = queue.SimpleQueue()
+        self._asked: set[str] = set()
         self._depths: dict[str, dict[int, int]] = {}
         self._windows: dict[str, int] = {}
         self._measured_at: dict[str, float] = {}
@@ -42,11 +46,12 @@ class CeleryBell:
     def room(self, agent: str, priority: int) -> bool:
         """Whether one more notice may be published; see `Bell.room`."""
         levels = self._depths.get(agent)
-        if levels is None or time.monotonic() - self._measured_at[agent] > 1.0:
+        if time.monotonic() - self._measured_at.get(agent, 0.0) > 1.0 and agent not in self._asked:
+            self._asked.add(agent)
             self._start()
-            self._measured_at.setdefault(agent, 0.0)
-            if levels is None:
-                return self._in_hand < WINDOW_MIN
+            self._waiting.put(_MEASURE)
+        if levels is None:
+            return self._in_hand < WINDOW_MIN
         if not levels.get(priority, 0) and self._in_hand < WINDOW_MAX:
             return True
         return sum(levels.values()) < self._windows.get(agent, WINDOW_MIN)
@@ -77,7 +82,7 @@ class CeleryBell:
     def close(self, timeout_s: float = 5.0) -> None:
         """Publish what is in hand, and end the thread."""
         if self._thread is not None:
-            self._waiting.put(None)
+            self._waiting.put(_CLOSE)
             self._thread.join(timeout_s)
             self._thread = None
 
@@ -91,29 +96,28 @@ class CeleryBell:
                     atexit.register(self.close)
 
     def _run(self) -> None:
-        while True:
-            batch = self._next_batch()
+        closing = False
+        while not closing:
+            batch, closing = self._next_batch()
             if batch:
                 self._publish(batch)
                 self._in_hand = max(0, self._in_hand - len(batch))
-            self._measure()
-            if batch is None:
-                return
+            if self._asked:
+                self._measure()
 
-    def _next_batch(self, most: int = 500) -> list[Notice] | None:
-        """Wait for notices, at most a second; None: the bell is being closed."""
+    def _next_batch(self, most: int = 500) -> tuple[list[Notice], bool]:
+        """Wait for something to do; return the notices in hand, and whether to end after them."""
         batch: list[Notice] = []
+        item = self._waiting.get()
         with contextlib.suppress(queue.Empty):
-            first = self._waiting.get(timeout=1.0 if self._measured_at else 30.0)
-            while first is not None:
-                batch.append(first)
+            while item is not _CLOSE:
+                if isinstance(item, Notice):
+                    batch.append(item)
                 if len(batch) >= most:
-                    return batch
-                first = self._waiting.get_nowait()
-            if not batch:
-                return None
-            self._waiting.put(None)
-        return batch
+                    return batch, False
+                item = self._waiting.get_nowait()
+            return batch, True
+        return batch, False
 
     def _publish(self, batch: Sequence[Notice]) -> None:
         try:
@@ -128,22 +132,18 @@ class CeleryBell:
                 connection.execute(statements.ring_failed([notice.task_id for notice in batch]))
 
     def _measure(self) -> None:
-        """Learn the depths of the queues that were asked about, at most once a second."""
-        now = time.monotonic()
-        due = [agent for agent, at in self._measured_at.items() if now - at > 1.0]
-        if not due:
-            return
+        """Learn the depths of the queues that were asked about, and the windows."""
+        wanted = list(self._asked)
         try:
             channel = self._producer().channel
-            for agent in due:
+            for agent in wanted:
                 self._depths[agent] = self._levels(channel, agent)
-                self._measured_at[agent] = now
         except self._faults:
             self._drop()
-            for agent in due:
-                self._measured_at[agent] = now
         windows = redis.attempt(lambda client: client.hgetall(WINDOWS_KEY)) or {}
         self._windows = {str(agent): int(size) for agent, size in windows.items()}
+        self._measured_at.update(dict.fromkeys(wanted, time.monotonic()))
+        self._asked.difference_update(wanted)
 
     def _producer(self) -> Any:
         if self._connection is None:

@@ -159,7 +159,7 @@ def stop(system: System) -> int:
     return code
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
     """Start everything, with the example package installed and an agent without packaging."""
     site = tmp_path_factory.mktemp("site")

@@ -98,23 +98,6 @@ def test_every_other_agent_describes_itself_and_refuses_what_it_cannot(system: S
         assert "describe" in refused.json()["message"]
 
 
-def test_beat_samples_the_host_every_30_seconds(system: System, env_file: dict[str, str]) -> None:
-    def ticks() -> list[float]:
-        with psycopg.connect(env_file["SUTAZAI_DATABASE_URL"]) as connection:
-            found = connection.execute(
-                "SELECT tick_at FROM tasks WHERE action = 'sample' AND scheduled_by IS NOT NULL "
-                "AND state = 'succeeded' ORDER BY tick_at"
-            ).fetchall()
-        return [row[0].timestamp() for row in found]
-
-    found = eventually(lambda: len(ticks()) >= 2 and ticks(), 75, "two samples")
-    assert found[1] - found[0] == 30
-    (count,) = _row(env_file, "SELECT count(*) FROM hardware_samples")
-    assert count >= 2
-    latest = redis.Redis.from_url(env_file["SUTAZAI_REDIS_URL"]).hget("system:metrics", "current")
-    assert json.loads(str(latest, "utf-8"))["memory_total"] > 0  # type: ignore[arg-type]
-
-
 def test_the_example_package_works(system: System) -> None:
     answer = system.process_task("crawler", "fetch", url=system.url("crawler", "/docs"))
     assert answer.json()["status"] == "success", answer.text
@@ -362,6 +345,26 @@ def test_restart_drains_and_brings_another_process(system: System) -> None:
     assert system.program("worker-probe").pid != before
     task = system.task(task_id, wait_s=20)
     assert (task["state"], task["attempt"]) == ("succeeded", 1)
+
+
+# --- schedules (late, so that the second sample has come meanwhile) -------------------------
+
+
+def test_beat_samples_the_host_every_30_seconds(system: System, env_file: dict[str, str]) -> None:
+    def ticks() -> list[float]:
+        with psycopg.connect(env_file["SUTAZAI_DATABASE_URL"]) as connection:
+            found = connection.execute(
+                "SELECT tick_at FROM tasks WHERE action = 'sample' AND scheduled_by IS NOT NULL "
+                "AND state = 'succeeded' ORDER BY tick_at"
+            ).fetchall()
+        return [row[0].timestamp() for row in found]
+
+    found = eventually(lambda: len(ticks()) >= 2 and ticks(), 75, "two samples")
+    assert found[1] - found[0] == 30
+    (count,) = _row(env_file, "SELECT count(*) FROM hardware_samples")
+    assert count >= 2
+    latest = redis.Redis.from_url(env_file["SUTAZAI_REDIS_URL"]).hget("system:metrics", "current")
+    assert json.loads(str(latest, "utf-8"))["memory_total"] > 0  # type: ignore[arg-type]
 
 
 # --- starting and stopping ------------------------------------------------------------------

@@ -6,7 +6,14 @@ from pathlib import Path
 import pytest
 
 from sutazai.errors import ConfigurationError
-from sutazai.settings import HOME_FOLDER, find_home, read_env_file, remember_home, settings
+from sutazai.settings import (
+    HOME_FOLDER,
+    find_home,
+    read_env_file,
+    remember,
+    remember_home,
+    settings,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -107,3 +114,18 @@ def test_quoted_values_are_read(tmp_path: Path) -> None:
     (tmp_path / "env").write_text("# comment\nA='x y'\nB=z\n")
     assert read_env_file(tmp_path / "env") == {"A": "x y", "B": "z"}
     assert read_env_file(tmp_path / "none") == {}
+
+
+def test_a_home_remembers_how_it_was_started(tmp_path: Path) -> None:
+    (tmp_path / "env").write_text("SUTAZAI_DATABASE_URL='postgresql://u:p w@h/d'\n")
+    remember(tmp_path, port_offset=100, agents=("a:agent", "b:agent"))
+    remember(tmp_path, port_offset=200, agents=())
+    assert read_env_file(tmp_path / "env") == {
+        "SUTAZAI_DATABASE_URL": "postgresql://u:p w@h/d",
+        "SUTAZAI_PORT_OFFSET": "200",
+    }
+
+
+def test_a_new_env_is_for_its_owner_only(tmp_path: Path) -> None:
+    remember(tmp_path, port_offset=0, agents=())
+    assert (tmp_path / "env").stat().st_mode & 0o777 == 0o600
