@@ -13,6 +13,7 @@ import runpy
 import sys
 import time
 from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -25,6 +26,7 @@ from celery.worker.control import enable_events as celery_enable_events
 
 from sutazai import db, lifecycle, log, redis, statements
 from sutazai.agent import Action, Agent, WorkerView
+from sutazai.embedded import Supervisor
 from sutazai.errors import (
     ConfigurationError,
     DatabaseUnavailable,
@@ -35,12 +37,12 @@ from sutazai.errors import (
     UnknownAgent,
     Unsupported,
 )
-from sutazai.keeper import Identity, Keeper, Reports, die_with_parent
+from sutazai.keeper import Identity, Keeper, Reports
 from sutazai.models import new_id
 from sutazai.ringer import CeleryBell
-from sutazai.settings import settings
+from sutazai.settings import prepare_flower, settings
 from sutazai.state import State
-from sutazai.submission import Options, Submission
+from sutazai.submission import DEFAULT_PRIORITY, Options, Submission
 from sutazai.tasks import load
 from sutazai.worker import NotClaimed, Requeued, Site, Unrecorded, perform
 
@@ -63,7 +65,8 @@ class Application(Celery):  # type: ignore[misc]
     def send_task(self, name: str, args: Any = None, kwargs: Any = None, **options: Any) -> Any:
         """Accept a task as every other way in does: the row first, then the notice.
 
-        `priority` and `task_id` are taken; the rest of Celery's options have no meaning here.
+        `priority`, `task_id`, `eta`, `countdown` and `expires` are taken; the rest of Celery's
+        options have no meaning here.
         Raises `InvalidInput` for parameters that do not fit.
         """
         action = find_action(name)
@@ -71,9 +74,18 @@ class Application(Celery):  # type: ignore[misc]
             return super().send_task(name, args, kwargs, **options)
         if args:
             raise InvalidInput(f"{name} takes named parameters only; pass them as kwargs.")
-        given = {} if options.get("priority") is None else {"priority": options["priority"]}
-        task_id = UUID(options["task_id"]) if options.get("task_id") else new_id()
-        submission = Submission(action, kwargs or {}, Options(**given), "celery", task_id)
+        try:
+            task_id = UUID(options["task_id"]) if options.get("task_id") else new_id()
+            chosen = Options(
+                priority=DEFAULT_PRIORITY
+                if options.get("priority") is None
+                else options["priority"],
+                run_at=_instant(options.get("eta"), options.get("countdown")),
+                deadline_at=_instant(options.get("expires")),
+            )
+        except ValueError as error:
+            raise InvalidInput(f"{name} cannot be sent like this: {error}") from None
+        submission = Submission(action, kwargs or {}, chosen, "celery", task_id)
         submit(submission)
         return self.AsyncResult(str(submission.task_id))
 
@@ -120,6 +132,15 @@ class TaskRows(BaseBackend):  # type: ignore[misc]
         }
 
 
+def _instant(value: Any, countdown: Any = None) -> datetime | None:
+    """Return what Celery takes as an instant: a datetime, ISO text, or seconds from now."""
+    seconds = countdown if countdown is not None else value
+    if isinstance(seconds, int | float):
+        return datetime.now(UTC) + timedelta(seconds=seconds)
+    found = datetime.fromisoformat(value) if isinstance(value, str) else value
+    return found.replace(tzinfo=UTC) if found is not None and found.tzinfo is None else found
+
+
 def find_action(name: str) -> Action[Any, Any] | None:
     """Return the action of a Celery task's name, `<agent>.<action>`; None for Celery's own."""
     agent_name, _, action_name = name.rpartition(".")
@@ -142,12 +163,14 @@ def submit(submission: Submission) -> bool:
 def _create() -> Application:
     try:
         settings().require_services()
+        if "flower" in sys.argv:  # `celery -A sutazai flower`
+            prepare_flower()
     except ConfigurationError as error:
         # `celery -A sutazai` shows a traceback for anything but an exit.
         sys.exit(f"sutazai: {error}")
     made = Application("sutazai", set_as_current=True)
     values = runpy.run_path(str(_located("celeryconfig.py")))
-    made.conf.update({key: value for key, value in values.items() if key.islower()})
+    made.conf.update({k: v for k, v in values.items() if k.islower() and not callable(v)})
     for agent in load().agents.values():
         for action in agent.actions.values():
             _bind(made, action)
@@ -226,10 +249,6 @@ class CelerySystem:
 
     def restart_process(self, agent: str) -> None:
         """Restart the worker process that supervisord runs on this machine."""
-        try:
-            from sutazai.embedded import Supervisor  # noqa: PLC0415 - an optional extra
-        except ImportError:
-            raise Unsupported("supervisord is not installed on this machine.") from None
         supervisor = Supervisor(settings().home)
         if not supervisor.running():
             raise Unsupported("No supervisord runs this installation's processes.")
@@ -261,7 +280,6 @@ class KeeperStep(bootsteps.StartStopStep):  # type: ignore[misc]
     requires = ("celery.worker.components:Pool",)
 
     def __init__(self, parent: Any, **_: Any) -> None:
-        self._keeper: Keeper | None = None
         agent = _agent_of(parent)
         host = parent.hostname.partition("@")[2]
         _state["site"] = Site(
@@ -275,24 +293,29 @@ class KeeperStep(bootsteps.StartStopStep):  # type: ignore[misc]
     def start(self, parent: Any) -> None:
         """Start watching."""
         site = _site()
-        self._keeper = Keeper(
+        _state["keeper"] = keeper = Keeper(
             site.identity,
             site.reports,
             site.agents,
             slots=lambda: int(parent.pool.num_processes or 1),
-            consuming=lambda: _is_consuming(parent),
+            consuming=lambda: _is_consuming(parent, site.identity.agent),
             each_beat=lambda: _end_unwatched_events(parent),
         )
-        _state["keeper"] = self._keeper
-        self._keeper.start()
+        keeper.start()
 
     def stop(self, _: Any) -> None:
-        """Record that the worker has stopped."""
-        if self._keeper is not None:
-            self._keeper.stop()
-        bell().close()
+        """Go on watching: the pool, which stops after this step, still runs its tasks."""
 
     terminate = stop
+
+
+@signals.worker_shutdown.connect(weak=False)
+def _end_keeper(**_: Any) -> None:
+    """Record that the worker has stopped, once its pool has."""
+    keeper: Keeper | None = _state.get("keeper")
+    if keeper is not None:
+        keeper.stop()
+    bell().close()
 
 
 def _agent_of(parent: Any) -> Agent:
@@ -306,9 +329,10 @@ def _agent_of(parent: Any) -> Agent:
     )
 
 
-def _is_consuming(parent: Any) -> bool:
+def _is_consuming(parent: Any, queue: str) -> bool:
+    """Whether the agent's queue is consumed; the worker's own one does not count."""
     consumer = getattr(parent.consumer, "task_consumer", None)
-    return consumer is None or bool(consumer.queues)
+    return consumer is None or any(consumed.name == queue for consumed in consumer.queues)
 
 
 def _end_unwatched_events(parent: Any) -> None:
@@ -374,8 +398,14 @@ def _set_up_logging(**_: Any) -> None:
 
 
 @signals.celeryd_init.connect(weak=False)
-def _refuse_without_queue(options: Mapping[str, Any], **_: Any) -> None:
-    if not options.get("queues"):
+def _prepare_worker(instance: Any, options: Mapping[str, Any], **_: Any) -> None:
+    """Refuse a worker of no agent, and name one that has no name after its agent."""
+    queues = options.get("queues") or ()
+    name = queues.strip() if isinstance(queues, str) else next(iter(queues), "")
+    node, _, host = instance.hostname.partition("@")
+    if node == "celery" and name in load().agents:
+        instance.hostname = f"{name}@{host}"
+    if not name:
         sys.exit(
             "A worker serves one agent: use `sutazai worker AGENT`, "
             f"or add `-Q AGENT` (one of: {', '.join(load().agents)})."
@@ -393,7 +423,6 @@ def _bound_the_drain(**_: Any) -> None:
 def _begin_child(**_: Any) -> None:
     if os.getpid() == _site().identity.pid:
         return  # the solo pool runs tasks in the worker's own process
-    die_with_parent()
     _state.pop("keeper", None)
     # Threads do not survive a fork, so the bell of a child is its own.
     _state.pop("bell", None)

@@ -28,7 +28,7 @@ from tenacity import (
 )
 
 from sutazai import payload
-from sutazai.errors import SutazaiError, Unavailable, by_code
+from sutazai.errors import SutazaiError, TaskFailed, Unavailable, by_code
 
 ATTEMPTS = 4
 
@@ -251,7 +251,11 @@ def _content(answer: httpx.Response) -> dict[str, Any]:
             "is it an agent's front?"
         )
     if content.get("status") == "error":
-        raise by_code(str(content.get("code")))(
-            str(content.get("message", "")), details=content.get("details") or []
+        task_id = content.get("task_id")
+        kind = by_code(str(content.get("code")), TaskFailed if task_id else SutazaiError)
+        message = str(content.get("message", ""))
+        raise kind(
+            f"{message} (task {task_id})" if task_id else message,
+            details=content.get("details") or [],
         )
     return content

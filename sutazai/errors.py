@@ -133,7 +133,7 @@ class Unavailable(SutazaiError):
 
 
 class DatabaseUnavailable(Unavailable):
-    """PostgreSQL does not answer; nothing was accepted."""
+    """PostgreSQL does not answer."""
 
     code = "database_unavailable"
 
@@ -204,6 +204,6 @@ def _tree(root: type[SutazaiError]) -> Iterator[type[SutazaiError]]:
         yield from _tree(child)
 
 
-def by_code(code: str) -> type[SutazaiError]:
-    """Return the class whose code this is; `TaskFailed` for one that is not in the tree."""
-    return next((cls for cls in _tree(SutazaiError) if cls.code == code), TaskFailed)
+def by_code(code: str, default: type[SutazaiError] = TaskFailed) -> type[SutazaiError]:
+    """Return the class whose code this is, or the default for one that is not in the tree."""
+    return next((cls for cls in _tree(SutazaiError) if cls.code == code), default)

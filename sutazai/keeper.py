@@ -214,8 +214,8 @@ class Keeper(threading.Thread):
                 if identity.has_outlived(row)
             ]
             if gone:
-                rescued = lifecycle.rescue(connection, statements.running_on(gone))
                 connection.execute(statements.discharge(gone))
+                rescued = lifecycle.rescue(connection, statements.running_on(gone))
                 connection.execute(statements.ring_agent_again(identity.agent))
                 _logger.warning("took over from a dead worker", rescued=len(rescued))
 
@@ -244,7 +244,9 @@ class Keeper(threading.Thread):
         while not self._stop_requested.is_set():
             # Limits are watched closely while something runs; else the next heartbeat is enough.
             pause_s = WATCH_S if self._running else max(0.0, beat_at - time.monotonic())
-            select.select([self._reports.reader, self._wake_reader], [], [], pause_s)
+            woken, _, _ = select.select([self._reports.reader, self._wake_reader], [], [], pause_s)
+            if self._wake_reader in woken:
+                os.read(self._wake_reader, 64)
             self._take_reports()
             now = time.monotonic()
             try:
@@ -352,38 +354,41 @@ class Keeper(threading.Thread):
             )
 
     def _finish_by_force(self, running: Running, error: TaskFailed, outcome: Outcome) -> None:
-        """End an attempt's process, then record why: retried when attempts are left."""
+        """End an attempt's process, then record why: retried when attempts are left.
+
+        While PostgreSQL is away this is done again each round, so that it is never taken for a
+        crash.
+        """
         if running.pid != os.getpid():
-            self._kill(running)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(running.pid, signal.SIGKILL)
         described = lifecycle.error_json(error)
+        state = State.CANCELLED if outcome is Outcome.CANCELLED else State.FAILED
         with db.transaction() as connection:
             row = connection.execute(statements.charge(running.task_id)).first()
             parent_id = row.parent_id if row else None
-            if row and outcome is Outcome.TIMED_OUT and row.failures + 1 < row.max_attempts:
-                lifecycle.requeue(
-                    connection,
-                    running.task_id,
-                    running.claim_id,
+            failures = row.failures + 1 if row else 1
+            retried = bool(row and outcome is Outcome.TIMED_OUT and failures < row.max_attempts)
+            attempt = (connection, running.task_id, running.claim_id)
+            if retried:
+                recorded = lifecycle.requeue(
+                    *attempt,
                     outcome,
                     parent_id=parent_id,
-                    delay_s=lifecycle.backoff_s(row.failures + 1),
+                    delay_s=lifecycle.backoff_s(failures),
                     failures=1,
                     error=described,
                 )
             else:
-                state = State.CANCELLED if outcome is Outcome.CANCELLED else State.FAILED
-                lifecycle.end(
-                    connection,
-                    running.task_id,
-                    running.claim_id,
-                    state,
-                    outcome,
-                    parent_id=parent_id,
-                    error=described,
+                recorded = lifecycle.end(
+                    *attempt, state, outcome, parent_id=parent_id, error=described
                 )
         self._running.pop(running.claim_id, None)
-        _logger.warning("ended a task by force", task_id=str(running.task_id), **described)
-        redis.announce(self._identity.agent, running.task_id, kind="state", state=outcome.value)
+        if recorded:
+            _logger.warning("ended a task by force", task_id=str(running.task_id), **described)
+            if not retried:
+                agent = self._identity.agent
+                redis.announce(agent, running.task_id, kind="state", state=state.value)
         if running.pid == os.getpid():
             self._end_process()
 
@@ -405,7 +410,14 @@ class Keeper(threading.Thread):
         """Put back what runs on threads of this process, which cannot be ended singly, and exit."""
         with contextlib.suppress(DatabaseUnavailable), db.transaction() as connection:
             for running in self._running.values():
-                lifecycle.requeue(connection, running.task_id, running.claim_id, Outcome.RELEASED)
+                row = connection.execute(statements.charge(running.task_id)).first()
+                lifecycle.requeue(
+                    connection,
+                    running.task_id,
+                    running.claim_id,
+                    Outcome.RELEASED,
+                    parent_id=row.parent_id if row else None,
+                )
             connection.execute(statements.discharge([self._identity.worker_id]))
         _logger.warning("the worker ends itself; its supervisor starts another")
         os.kill(os.getpid(), signal.SIGKILL)

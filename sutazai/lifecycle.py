@@ -100,6 +100,8 @@ def delegate(connection: Connection, task_id: UUID, claim_id: UUID, child_id: UU
     """Let a running task wait for its child, which may have ended already."""
     connection.execute(statements.lock(task_id))
     done = connection.execute(statements.wait_for_child(task_id, claim_id, child_id)).first()
+    if done and connection.execute(statements.cancel_requested(task_id)).scalar():
+        cancel(connection, child_id)
     if done:
         wake_parent(connection, child_id, task_id)
     return done is not None
@@ -167,13 +169,14 @@ def rescue(connection: Connection, lost: Select[Any], *, own_process: bool = Fal
         for row in connection.execute(lost.with_for_update(skip_locked=True)).all()
         if row.parent_id is None or row.parent_id in known
     ]
+    alone = {row.task_id: row.neighbours == 0 for row in rows}  # before any of them has moved
     return [
         Ended(row.task_id, row.agent)
         for row in rows
         if _rescue_one(
             connection,
             row,
-            charged=own_process or sum(other.worker_id == row.worker_id for other in rows) == 1,
+            charged=own_process or (row.worker_is_dead and alone[row.task_id]),
         )
     ]
 

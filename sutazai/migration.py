@@ -8,11 +8,12 @@ from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from alembic.util import CommandError
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
 from sutazai import db
-from sutazai.errors import DatabaseUnavailable
+from sutazai.errors import ConfigurationError, DatabaseUnavailable
 
 _LOCK = 0x5A7A2A1
 """Advisory lock, so that several processes that migrate at once take turns."""
@@ -27,6 +28,10 @@ def migrate() -> str:
             command.upgrade(_config(), "head")
     except SQLAlchemyError as error:
         raise DatabaseUnavailable(f"The migration failed: {error}") from error
+    except CommandError as error:
+        raise ConfigurationError(
+            f"The database cannot be migrated: {error}; was it used by a newer version?"
+        ) from error
     return wanted()
 
 

@@ -68,7 +68,12 @@ tasks = Table(
     Column(
         "wait_seconds",
         Double,
-        Computed("extract(epoch from started_at - greatest(created_at, run_at))", persisted=True),
+        # Of the latest attempt: a task that is to be retried has not waited for its next one yet.
+        Computed(
+            "CASE WHEN state <> 'queued' THEN greatest(0, extract(epoch from "
+            "started_at - greatest(created_at, run_at))) END",
+            persisted=True,
+        ),
     ),
     Column(
         "run_seconds",
@@ -130,6 +135,11 @@ Index(
 Index("tasks_agent", tasks.c.agent, tasks.c.task_id)
 Index("tasks_parent", tasks.c.parent_id, postgresql_where=tasks.c.parent_id.is_not(None))
 Index("tasks_finished", tasks.c.finished_at, postgresql_where=tasks.c.finished_at.is_not(None))
+Index(
+    "tasks_finished_scheduled",
+    tasks.c.finished_at,
+    postgresql_where=tasks.c.finished_at.is_not(None) & tasks.c.scheduled_by.is_not(None),
+)
 Index(
     "tasks_call",
     tasks.c.parent_id,
@@ -207,7 +217,6 @@ schedules = Table(
     Column("params", JSONB, nullable=False, server_default=text("'{}'::jsonb")),
     Column("every_s", Double, nullable=False),
     Column("each_host", Boolean, nullable=False, server_default=text("false")),
-    Column("time_limit_s", Double, nullable=False, server_default="60"),
     Column("enabled", Boolean, nullable=False, server_default=text("true")),
     Column("last_tick_at", Instant),
     CheckConstraint("every_s >= 1", name="every_s"),

@@ -31,6 +31,7 @@ STEADY_S = 10.0
 """Leases are judged only after so long of unbroken connection: an outage charges nobody."""
 
 CHUNK = 1000
+PRUNE_CHUNKS = 60
 RETENTION_S = 30 * 86_400.0
 SCHEDULED_RETENTION_S = 86_400.0
 WORKERS_RETENTION_S = 86_400.0
@@ -83,23 +84,28 @@ class Relay:
                 connection.execute(statements.serve("relay", self._instance))
             connection.execute(statements.become_due(CHUNK))
             agents = connection.execute(statements.busy_agents()).all()
-        self._notice_broker_loss()
-        rung = sum(self._ring(row) for row in agents)
         if now - self._rescued_at >= RESCUE_EACH_S:
             self._rescued_at = now
             self._end_late()
             if now - self._steady_since >= STEADY_S:
                 self._rescue()
+        self._notice_broker_loss()
+        rung = 0
+        for agent in agents:
+            notices = self._ring(agent)
+            if notices is None:
+                break  # a broker that does not answer is asked once a pass, not once an agent
+            rung += notices
         if now - self._pruned_at >= PRUNE_EACH_S:
             self._pruned_at = now
             self._prune()
         return rung
 
-    def _ring(self, agent: Row[tuple[str, int, int]]) -> int:
-        """Fill one queue up to its window; the broker's own depth decides."""
+    def _ring(self, agent: Row[tuple[str, int, int]]) -> int | None:
+        """Fill one queue up to its window; None: the broker, whose depth decides, is away."""
         depth = self._bell.depth(agent.agent)
         if depth is None:
-            return 0
+            return None
         room = self._window(agent) - depth
         with db.transaction() as connection:
             overdue = statements.ring_overdue(agent.agent, CHUNK, queue_empty=depth == 0)
@@ -125,8 +131,8 @@ class Relay:
 
     def _notice_broker_loss(self) -> None:
         """Make rung rows due when Redis has restarted or was emptied; commit first, mark after."""
-        if not (settings().broker_url or "").startswith(("redis", "sentinel")):
-            return
+        if settings().signals_url != settings().broker_url:
+            return  # another Redis tells nothing of the broker
         found = redis.attempt(
             lambda client: (client.info("server")["run_id"], client.get(BROKER_KEY))
         )
@@ -151,10 +157,11 @@ class Relay:
 
     def _prune(self) -> None:
         for after_s, scheduled in ((RETENTION_S, False), (SCHEDULED_RETENTION_S, True)):
-            with db.transaction() as connection:
-                connection.execute(
-                    statements.prune(after_s=after_s, scheduled=scheduled, limit=CHUNK)
-                )
+            old = statements.prune(after_s=after_s, scheduled=scheduled, limit=CHUNK)
+            for _ in range(PRUNE_CHUNKS):
+                with db.transaction() as connection:
+                    if connection.execute(old).rowcount < CHUNK:
+                        break
         with db.transaction() as connection:
             connection.execute(statements.prune_workers(WORKERS_RETENTION_S))
             connection.execute(statements.prune_services(WORKERS_RETENTION_S))

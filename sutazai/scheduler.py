@@ -131,5 +131,4 @@ def _row(action: Action[Any, Any]) -> dict[str, Any] | None:
         "params": {},
         "every_s": action.every.total_seconds(),
         "each_host": action.on == "each-host",
-        "time_limit_s": action.time_limit_s,
     }

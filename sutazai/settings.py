@@ -6,6 +6,7 @@ names, else from `$SUTAZAI_HOME/env`, which `sutazai up` writes for its embedded
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import shlex
 import socket
@@ -30,6 +31,7 @@ from sutazai.errors import ConfigurationError
 
 PREFIX = "SUTAZAI_"
 HOME_FOLDER = ".sutazai"
+FLOWER_PORT = 5555
 
 _EXAMPLES = {
     "database_url": "postgresql://user:password@127.0.0.1:5432/sutazai",
@@ -142,7 +144,7 @@ class Settings(BaseSettings):
     @field_validator("redis_url")
     @classmethod
     def _check_redis_url(cls, value: str | None) -> str | None:
-        return _check_url(value, ("redis", "rediss", "sentinel"))
+        return _check_url(value, ("redis", "rediss"))
 
     @field_validator("ollama_url")
     @classmethod
@@ -183,7 +185,7 @@ class Settings(BaseSettings):
         """The Redis for samples, registry and signals: the broker's own when that is Redis."""
         if self.redis_url:
             return self.redis_url
-        if self.broker_url and self.broker_url.startswith(("redis", "sentinel")):
+        if self.broker_url and self.broker_url.startswith("redis"):
             return self.broker_url
         return None
 
@@ -243,6 +245,33 @@ def find_home() -> Path:
     return last if last and last.is_dir() else here / HOME_FOLDER
 
 
+def prepare_flower() -> None:
+    """Give Flower its defaults: our address and port, and an open API on loopback.
+
+    Raises `ConfigurationError` when it would be open to others.
+    """
+    own = settings()
+    os.environ.setdefault("FLOWER_ADDRESS", own.bind)
+    os.environ.setdefault("FLOWER_PORT", str(FLOWER_PORT + own.port_offset))
+    if _is_loopback(os.environ["FLOWER_ADDRESS"]):
+        # Flower closes its API unless it is told that open is meant.
+        os.environ.setdefault("FLOWER_UNAUTHENTICATED_API", "true")
+    elif not os.environ.get("FLOWER_BASIC_AUTH") and not (
+        os.environ.get("FLOWER_AUTH") and os.environ.get("FLOWER_AUTH_PROVIDER")
+    ):
+        raise ConfigurationError(
+            f"SUTAZAI_BIND: Flower would listen on {own.bind} for everybody; "
+            "set FLOWER_BASIC_AUTH=user:password, or leave Flower out with --no-flower."
+        )
+
+
+def _is_loopback(address: str) -> bool:
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return address == "localhost"
+
+
 def remember_home(home: Path) -> None:
     """Record the home that was started last, so that commands find it from any folder."""
     file = _last_home_file()
@@ -292,7 +321,8 @@ def _check_url(value: str | None, schemes: tuple[str, ...]) -> str | None:
         parts = urlsplit(value)
         parts.port  # noqa: B018 - reading it is what validates it
     except ValueError as error:
-        raise ValueError(f"{value!r} is not a URL: {error}") from None
+        # Without the value, which may hold a password.
+        raise ValueError(f"it is not a URL: {error}") from None
     if parts.scheme not in schemes:
         raise ValueError(f"the scheme {parts.scheme!r} is not one of {', '.join(schemes)}")
     if not parts.netloc:

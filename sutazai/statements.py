@@ -23,6 +23,7 @@ from sqlalchemy import (
     case,
     cast,
     delete,
+    exists,
     func,
     literal,
     or_,
@@ -474,6 +475,11 @@ def server() -> TextClause:
     )
 
 
+def cancel_requested(task_id: UUID) -> Select[Any]:
+    """Return when somebody asked to cancel a task."""
+    return select(tasks.c.cancel_requested_at).where(tasks.c.task_id == task_id)
+
+
 def parent_of(task_id: UUID) -> Select[Any]:
     """Return a task's parent."""
     return select(tasks.c.parent_id).where(tasks.c.task_id == task_id)
@@ -507,6 +513,27 @@ def past_deadline(limit: int) -> Select[Any]:
 
 # --- rescue ---------------------------------------------------------------------------------
 
+_other = tasks.alias("other")
+_NEIGHBOURS = (
+    select(func.count())
+    .where(
+        _other.c.worker_id == tasks.c.worker_id,
+        _other.c.state == State.RUNNING.value,
+        _other.c.task_id != tasks.c.task_id,
+    )
+    .correlate(tasks)
+    .scalar_subquery()
+)
+_WORKER_LIVES = (
+    exists()
+    .where(
+        workers.c.worker_id == tasks.c.worker_id,
+        workers.c.stopped_at.is_(None),
+        workers.c.heartbeat_at > _NOW - _seconds(WORKER_DEAD_S),
+    )
+    .correlate(tasks)
+)
+
 _RESCUE = (
     tasks.c.task_id,
     tasks.c.agent,
@@ -514,7 +541,8 @@ _RESCUE = (
     tasks.c.crashes,
     tasks.c.rerun_after_crash,
     tasks.c.parent_id,
-    tasks.c.worker_id,
+    _NEIGHBOURS.label("neighbours"),
+    (~_WORKER_LIVES).label("worker_is_dead"),
 )
 
 
@@ -528,7 +556,7 @@ def lease_expired(limit: int) -> Select[Any]:
 
 
 def running_on(worker_ids: Sequence[UUID]) -> Select[Any]:
-    """Find the running tasks of workers that are known to be dead."""
+    """Find the running tasks of workers that are recorded as stopped."""
     return select(*_RESCUE).where(_RUNNING, tasks.c.worker_id.in_(worker_ids))
 
 
@@ -679,7 +707,7 @@ def tick_schedules() -> TextClause:
         WHERE schedules.name = due.name
           AND (schedules.last_tick_at IS NULL OR schedules.last_tick_at < due.tick_at)
         RETURNING schedules.name, schedules.agent, schedules.action, schedules.params,
-                  schedules.every_s, schedules.each_host, schedules.time_limit_s, due.tick_at,
+                  schedules.every_s, schedules.each_host, due.tick_at,
                   due.tick_at + make_interval(secs => schedules.every_s) AS next_tick_at
         """
     )
@@ -785,7 +813,7 @@ _STATUS = """
            (SELECT count(*) FROM (
                 SELECT 1 FROM tasks t
                 WHERE t.agent = a.agent AND t.state = 'queued' AND t.next_ring_at IS NOT NULL
-                LIMIT 10001) AS bounded) AS depth,
+                LIMIT :bound) AS bounded) AS depth,
            (SELECT extract(epoch FROM now() - min(x.run_at)) FROM (
                 SELECT t.run_at FROM tasks t
                 WHERE t.agent = a.agent AND t.state = 'queued' AND t.next_ring_at IS NOT NULL
@@ -814,7 +842,9 @@ _STATUS = """
 
 def status(agents: Sequence[str]) -> TextClause:
     """Return one row an agent: its live workers, its queue, and the ages of relay and Beat."""
-    return text(_STATUS).bindparams(agents=list(agents), dead_s=WORKER_DEAD_S)
+    return text(_STATUS).bindparams(
+        agents=list(agents), dead_s=WORKER_DEAD_S, bound=DEPTH_LIMIT + 1
+    )
 
 
 _ACTIVITY = """

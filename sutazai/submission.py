@@ -21,6 +21,12 @@ from sutazai.models import new_id
 
 Label = Annotated[str, StringConstraints(max_length=200)]
 
+Instant = Annotated[
+    AwareDatetime,
+    Field(ge=datetime(1970, 1, 1, tzinfo=UTC), lt=datetime(9000, 1, 1, tzinfo=UTC)),
+]
+"""An instant that both PostgreSQL and Python can hold in every time zone."""
+
 DEFAULT_PRIORITY = 5
 
 
@@ -32,8 +38,8 @@ class Options(BaseModel):
     priority: int = Field(
         default=DEFAULT_PRIORITY, ge=0, le=9, description="0 to 9; 9 is the most urgent."
     )
-    run_at: AwareDatetime | None = Field(default=None, description="Not before this instant.")
-    deadline_at: AwareDatetime | None = Field(
+    run_at: Instant | None = Field(default=None, description="Not before this instant.")
+    deadline_at: Instant | None = Field(
         default=None, description="Still queued at this instant, the task fails."
     )
     max_attempts: int | None = Field(

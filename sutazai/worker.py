@@ -180,7 +180,9 @@ class Attempt:
                 return self._delegated(result)
             stored = self._action.dump(result)
             self._end(State.SUCCEEDED, Outcome.SUCCEEDED, result=stored)
-        except (SystemExit, KeyboardInterrupt):
+        except (SystemExit, KeyboardInterrupt) as stop:
+            if not _is_drain(stop):
+                raise self._failed(RuntimeError(f"The action called exit: {stop}")) from stop
             # The worker drains: the attempt is put back, and nothing is charged.
             self._requeue(Outcome.RELEASED)
             self.log.info("task released", ran_s=round(time.monotonic() - began, 3))
@@ -293,6 +295,15 @@ class Attempt:
         if agent is None:
             raise UnknownAgent(f"There is no agent {agent_name!r}.")
         return agent.get(action_name)
+
+
+def _is_drain(stop: BaseException) -> bool:
+    """Whether the worker's signal handler raised this, and not the action itself."""
+    trace = stop.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    module = trace.tb_frame.f_globals.get("__name__", "") if trace is not None else ""
+    return isinstance(stop, KeyboardInterrupt) or module.split(".")[0] in ("billiard", "celery")
 
 
 def perform(site: Site, action: Action[Any, Any], task_id: UUID) -> str:

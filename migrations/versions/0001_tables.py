@@ -46,7 +46,6 @@ def upgrade() -> None:
         ),
         sa.Column("every_s", sa.Double(), nullable=False),
         sa.Column("each_host", sa.Boolean(), server_default=sa.text("false"), nullable=False),
-        sa.Column("time_limit_s", sa.Double(), server_default="60", nullable=False),
         sa.Column("enabled", sa.Boolean(), server_default=sa.text("true"), nullable=False),
         sa.Column("last_tick_at", sa.DateTime(timezone=True), nullable=True),
         sa.CheckConstraint("every_s >= 1", name=op.f("schedules_every_s_check")),
@@ -115,7 +114,9 @@ def upgrade() -> None:
             "wait_seconds",
             sa.Double(),
             sa.Computed(
-                "extract(epoch from started_at - greatest(created_at, run_at))", persisted=True
+                "CASE WHEN state <> 'queued' THEN greatest(0, extract(epoch from "
+                "started_at - greatest(created_at, run_at))) END",
+                persisted=True,
             ),
             nullable=True,
         ),
@@ -170,6 +171,13 @@ def upgrade() -> None:
         ["finished_at"],
         unique=False,
         postgresql_where=sa.text("finished_at IS NOT NULL"),
+    )
+    op.create_index(
+        "tasks_finished_scheduled",
+        "tasks",
+        ["finished_at"],
+        unique=False,
+        postgresql_where=sa.text("finished_at IS NOT NULL AND scheduled_by IS NOT NULL"),
     )
     op.create_index(
         "tasks_lease",

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 from uuid import UUID
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -22,7 +22,7 @@ from sutazai.api.prefer import MAX_WAIT_S
 from sutazai.errors import Conflict, InvalidInput, TaskNotFound
 from sutazai.lifecycle import Ended
 from sutazai.state import State
-from sutazai.submission import Options, Submission
+from sutazai.submission import Instant, Options, Submission
 
 if TYPE_CHECKING:
     from sqlalchemy import Row
@@ -43,8 +43,8 @@ class TasksQuery(BaseModel):
     label: list[Annotated[str, Field(pattern=r"^[^=]+=")]] = Field(
         default=[], description="`key=value`; may be repeated, and all must hold."
     )
-    since: AwareDatetime | None = Field(default=None, description="Accepted at or after this.")
-    until: AwareDatetime | None = Field(default=None, description="Accepted before this.")
+    since: Instant | None = Field(default=None, description="Accepted at or after this.")
+    until: Instant | None = Field(default=None, description="Accepted before this.")
     parent_id: UUID | None = Field(default=None, description="The children of this task.")
     agent: str | None = Field(default=None, description="Default: this front's; `*`: all.")
     limit: int = Field(default=50, ge=1, le=MAX_PAGE, description="Tasks on a page.")

@@ -10,8 +10,9 @@ from typing import Annotated, Any
 import typer
 from rich.live import Live
 
-from sutazai.cli.output import AsJSON, console, print_json, table
+from sutazai.cli.output import AsJSON, console, fail, print_json, table
 from sutazai.embedded import Supervisor
+from sutazai.errors import DatabaseUnavailable
 from sutazai.settings import settings
 
 REFRESH_S = 2.0
@@ -26,7 +27,10 @@ def status(
     Exit code: 0 when all are healthy, else 1.
     """
     settings().require_services()
-    rows = _read()
+    try:
+        rows = _read()
+    except DatabaseUnavailable as error:
+        raise typer.Exit(fail(str(error), 1)) from None
     if watch:
         with Live(_table(rows), console=console, refresh_per_second=2) as live:
             try:
@@ -68,9 +72,13 @@ def _read() -> list[dict[str, Any]]:
         states = connection.execute(statements.status(names)).all()
         ended = {row.agent: row for row in connection.execute(statements.activity(60.0))}
     services = asyncio.run(check_services())
+    own = {
+        name: {check: ask() for check, ask in load().get(name).health_checks.items()}
+        for name in names
+    }
     rows = []
     for state in states:
-        report = assess(state.agent, state, services)
+        report = assess(state.agent, state, services | own[state.agent])
         done = ended.get(state.agent)
         rows.append(
             {

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from sutazai.cli.output import console
-from sutazai.settings import settings
+from sutazai.settings import prepare_flower, settings
 
 AgentName = Annotated[str, typer.Argument(help="The agent's name; `sutazai agents` lists them.")]
 
@@ -92,10 +92,10 @@ def flower(
 ) -> None:
     """Run the Flower dashboard; its API is open, so it refuses to listen beyond loopback bare."""
     from sutazai.celery import app
-    from sutazai.cli.flower import arguments
 
     settings().require_services()
-    app.start(["--quiet", "flower", *arguments(port or 5555 + settings().port_offset)])
+    prepare_flower()
+    app.start(["--quiet", "flower", *([f"--port={port}"] if port else [])])
 
 
 def migrate() -> None:

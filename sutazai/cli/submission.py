@@ -14,7 +14,7 @@ from rich.spinner import Spinner
 
 from sutazai import payload
 from sutazai.cli.output import AsJSON, cell, console, errors, print_json, table
-from sutazai.errors import InvalidInput, MalformedJSON, TaskNotFound
+from sutazai.errors import DatabaseUnavailable, InvalidInput, MalformedJSON, TaskNotFound
 from sutazai.settings import settings
 from sutazai.state import State
 
@@ -167,7 +167,13 @@ def _follow(task_id: UUID, wait_s: float) -> int:
     try:
         with Live(console=errors, transient=True, refresh_per_second=8) as live:
             while True:
-                task = _read(task_id)
+                try:
+                    task = _read(task_id)
+                except DatabaseUnavailable as error:
+                    if time.monotonic() >= until:
+                        raise DatabaseUnavailable(f"{error} The task goes on: {task_id}") from error
+                    time.sleep(1.0)
+                    continue
                 state = State(task["state"])
                 if state.is_terminal:
                     break

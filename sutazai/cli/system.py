@@ -16,7 +16,7 @@ import typer
 from rich.status import Status
 
 from sutazai.agent import Agent
-from sutazai.cli.output import cell, console, errors, table
+from sutazai.cli.output import cell, console, errors, fail, table
 from sutazai.embedded import (
     Program,
     Supervisor,
@@ -27,14 +27,21 @@ from sutazai.embedded import (
     supervise,
     wait_for_servers,
 )
-from sutazai.errors import ConfigurationError, Unavailable
-from sutazai.settings import is_given, override, read_env_file, remember, remember_home, settings
+from sutazai.errors import ConfigurationError, SutazaiError, Unavailable
+from sutazai.settings import (
+    FLOWER_PORT,
+    is_given,
+    override,
+    read_env_file,
+    remember,
+    remember_home,
+    settings,
+)
 
 HEALTHY_WITHIN_S = 60.0
 STOPPED_WITHIN_S = 60.0
 POSTGRESQL_PORT = 10_000
 VALKEY_PORT = 10_001
-FLOWER_PORT = 5555
 TAIL_LINES = 100
 
 
@@ -204,9 +211,11 @@ class _System:
                 progress.update("Starting the agents …")
                 supervisor.start_all()
                 code = self._await_health(progress, child, stopping)
-            except Unavailable as error:
-                errors.print(f"[red]sutazai:[/red] {cell(str(error))}", soft_wrap=True)
-                code = 1
+            except SutazaiError as error:
+                code = fail(str(error), 1)
+            except BaseException:
+                _signal(child)
+                raise
             progress.stop()
             if code == 0 and not stopping:
                 self._show(time.monotonic() - began)
@@ -316,7 +325,9 @@ def _ask(client: httpx.Client, agent: Agent) -> Health:
 def _address() -> str:
     """Return where this machine reaches what listens on the configured address."""
     bind = settings().bind
-    return "127.0.0.1" if bind in ("0.0.0.0", "::") else bind  # noqa: S104 - compared only
+    if bind in ("0.0.0.0", "::"):  # noqa: S104 - compared only
+        return "127.0.0.1"
+    return f"[{bind}]" if ":" in bind else bind
 
 
 def _import_everything() -> None:

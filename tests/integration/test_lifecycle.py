@@ -419,7 +419,6 @@ def test_ticks_are_taken_once_and_lie_on_multiples_of_the_period() -> None:
         "params": {},
         "every_s": 30.0,
         "each_host": False,
-        "time_limit_s": 5.0,
     }
     with db.transaction() as connection:
         connection.execute(statements.declare_schedule(row))

@@ -75,3 +75,18 @@ def refuse(params: NoParams, context: Context) -> Done:
 def pass_on(params: Seconds, context: Context) -> Done | Delegation:
     """Let a child do it."""
     return context.delegate("probe.nap", params)
+
+
+@agent.action(time_limit_s=120)
+def sleep_through(params: Seconds, context: Context) -> Done:
+    """Sleep, and ignore that somebody cancelled it."""
+    until = time.monotonic() + params.seconds
+    while time.monotonic() < until:
+        time.sleep(0.05)
+    return _done(context)
+
+
+@agent.action()
+def leave(params: NoParams, context: Context) -> Done:
+    """Exit."""
+    raise SystemExit(3)
