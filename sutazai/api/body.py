@@ -104,6 +104,7 @@ def parse_query(model: type[M], request: Request) -> M:
     query = request.query_params
     many = {name for name, info in model.model_fields.items() if _is_list(info.annotation)}
     values = {name: query.getlist(name) if name in many else query[name] for name in query}
+    payload.check(values)
     try:
         return model.model_validate(values)
     except ValidationError as error:

@@ -931,3 +931,32 @@ def test_client_repeats_only_what_is_safe() -> None:
         with pytest.raises(Unavailable, match="does not answer"):
             client.submit("nothing")
         assert asked == ["POST"] * 4
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "action=%00",
+        "label=a%3D%00",
+        "state=nowhere",
+        "limit=0",
+        "limit=201",
+        "since=yesterday",
+        "until=9999-12-31T23:59:59-10:00",
+        "parent_id=x",
+        "cursor=x",
+        "unknown=1",
+    ],
+)
+def test_bad_queries_are_refused(front: Front, query: str) -> None:
+    answer = front.client.get(f"/tasks?{query}")
+    assert (answer.status_code, answer.json()["status"]) == (422, "error"), answer.text
+
+
+@pytest.mark.parametrize("name", ["run_at", "deadline_at"])
+@pytest.mark.parametrize("instant", ["9999-12-31T23:59:59-10:00", "0001-01-01T00:00:00+10:00"])
+def test_instants_that_cannot_be_read_back_are_refused(
+    front: Front, name: str, instant: str
+) -> None:
+    answer = front.client.post("/tasks", json={"action": "nothing", "options": {name: instant}})
+    assert answer.status_code == 422, answer.text
