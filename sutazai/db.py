@@ -13,9 +13,11 @@ from contextlib import asynccontextmanager, contextmanager
 from functools import cache
 from typing import Any
 
+import orjson
 import psycopg
 from psycopg.pq import TransactionStatus
 from psycopg.rows import namedtuple_row
+from psycopg.types.json import set_json_loads
 from sqlalchemy import (
     Connection,
     CursorResult,
@@ -34,6 +36,8 @@ from sqlalchemy.util import greenlet_spawn
 from sutazai import payload
 from sutazai.errors import ConfigurationError, DatabaseUnavailable
 from sutazai.settings import settings
+
+set_json_loads(orjson.loads)
 
 STATEMENT_TIMEOUT_S = 10.0
 """For workers and the relay; fronts pass 2.5 s, so that a request is answered in time."""

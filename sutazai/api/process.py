@@ -8,8 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from sutazai import errors
-from sutazai.api.acceptance import accept, accepted, find, refuse_key
+from sutazai import errors, statements
+from sutazai.api import store
+from sutazai.api.acceptance import accept, accepted, refuse_key
 from sutazai.api.answer import error_answer, json_answer
 from sutazai.api.body import parse_query, read_object, require_text
 from sutazai.api.front import Front, front_of
@@ -84,7 +85,7 @@ async def _wait(front: Front, submission: Submission, preference: Preference) ->
         await accept(front, submission)
         await front.waiting.until(ended, preference.wait_s)
     try:
-        row = await find(submission.task_id)
+        row = next(iter(await store.rows(statements.result(submission.task_id))), None)
     except DatabaseUnavailable:
         # It was accepted: an error without its id would make the client send it again.
         row = None
