@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -106,9 +105,6 @@ class System:
             check=False,
             **{"cwd": self.home.parent, **options},
         )
-
-    def status_json(self) -> list[dict[str, Any]]:
-        return list(json.loads(self.run("sutazai", "status", "--json").stdout))
 
     def program(self, name: str) -> psutil.Process:
         """Return the process that supervisord runs under a name."""

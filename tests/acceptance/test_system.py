@@ -236,11 +236,14 @@ def test_celery_from_a_folder_with_a_celeryconfig_of_its_own(
     assert f"{len(AGENTS) + len(EXTRA)} nodes online" in ping.stdout
 
 
-@pytest.mark.parametrize("what", ["active", "stats", "registered", "reserved"])
-def test_celery_inspect(system: System, what: str) -> None:
-    found = system.run("celery", "-A", "sutazai", "inspect", what, "--json")
-    assert found.returncode == 0, found.stderr
-    assert len(json.loads(found.stdout)) == len(AGENTS) + len(EXTRA)
+def test_celery_inspect(system: System) -> None:
+    def inspect(what: str) -> subprocess.CompletedProcess[str]:
+        return system.run("celery", "-A", "sutazai", "inspect", what, "--json")
+
+    with ThreadPoolExecutor() as pool:
+        for found in pool.map(inspect, ["active", "stats", "registered", "reserved"]):
+            assert found.returncode == 0, found.stderr
+            assert len(json.loads(found.stdout)) == len(AGENTS) + len(EXTRA)
 
 
 def test_celery_call_is_as_durable_as_a_post_and_its_result_is_read_from_the_row(
@@ -287,16 +290,30 @@ def _flower_saw(system: System, base: str) -> bool:
 
 
 def test_submit_and_its_exit_codes(system: System) -> None:
-    good = system.run("sutazai", "submit", "probe", "nap", "--param", "seconds=0.1")
-    assert good.returncode == 0, good.stderr
-    assert json.loads(good.stdout)["attempt"] == 1
-    assert system.run("sutazai", "submit", "probe", "refuse").returncode == 1
-    assert system.run("sutazai", "submit", "probe", "nap", "-p", "seconds=x").returncode == 2
-    assert system.run("sutazai", "submit", "nobody", "nap").returncode == 2
-    late = system.run("sutazai", "submit", "probe", "nap", "-p", "seconds=5", "--wait", "0.5")
-    assert late.returncode == 3
-    queued = system.run("sutazai", "submit", "probe", "nap", "--no-wait")
-    task_id = json.loads(queued.stdout)["task_id"]
+    submit = ("sutazai", "submit")
+    commands = {
+        "good": (*submit, "probe", "nap", "--param", "seconds=0.1"),
+        "failing": (*submit, "probe", "refuse"),
+        "ill-typed": (*submit, "probe", "nap", "-p", "seconds=x"),
+        "nobody": (*submit, "nobody", "nap"),
+        "late": (*submit, "probe", "nap", "-p", "seconds=6", "--wait", "0.5"),
+        "queued": (*submit, "probe", "nap", "--no-wait"),
+    }
+    with ThreadPoolExecutor(2) as pool:
+        ran = dict(
+            zip(commands, pool.map(lambda name: system.run(*commands[name]), commands), strict=True)
+        )
+    codes = {name: done.returncode for name, done in ran.items()}
+    assert codes == {
+        "good": 0,
+        "failing": 1,
+        "ill-typed": 2,
+        "nobody": 2,
+        "late": 3,
+        "queued": 0,
+    }, {name: done.stderr for name, done in ran.items()}
+    assert json.loads(ran["good"].stdout)["attempt"] == 1
+    task_id = json.loads(ran["queued"].stdout)["task_id"]
     assert system.task(task_id, wait_s=20)["state"] == "succeeded"
     shown = system.run("sutazai", "tasks", "show", task_id, "--json")
     assert json.loads(shown.stdout)["state"] == "succeeded"
@@ -305,10 +322,12 @@ def test_submit_and_its_exit_codes(system: System) -> None:
 
 
 def test_status_and_doctor(system: System) -> None:
-    eventually(
-        lambda: system.run("sutazai", "status").returncode == 0, 30, "status says all is healthy"
+    status = eventually(
+        lambda: (found := system.run("sutazai", "status", "--json")).returncode == 0 and found,
+        30,
+        "status says all is healthy",
     )
-    assert {row["agent"] for row in system.status_json()} == {*AGENTS, *EXTRA}
+    assert {row["agent"] for row in json.loads(status.stdout)} == {*AGENTS, *EXTRA}
     doctor = system.run("sutazai", "doctor", "--json")
     assert doctor.returncode == 0, doctor.stdout
     levels = {line["subject"]: line["level"] for line in json.loads(doctor.stdout)}
