@@ -118,6 +118,11 @@ def _is_alive(pid: int, started_at: float | None = None) -> bool:
         return False
 
 
+def _kill_process(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
 def die_with_parent(number: signal.Signals = signal.SIGKILL) -> None:
     """Ask Linux to send this process a signal when its parent dies, so that none is orphaned."""
     if sys.platform == "linux":
@@ -360,8 +365,7 @@ class Keeper(threading.Thread):
         crash.
         """
         if running.pid != os.getpid():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(running.pid, signal.SIGKILL)
+            _kill_process(running.pid)
         described = lifecycle.error_json(error)
         state = State.CANCELLED if outcome is Outcome.CANCELLED else State.FAILED
         with db.transaction() as connection:
@@ -396,8 +400,7 @@ class Keeper(threading.Thread):
         self._running.pop(running.claim_id, None)
         if running.pid == os.getpid():
             self._end_process()
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(running.pid, signal.SIGKILL)
+        _kill_process(running.pid)
 
     def _end_drain(self) -> None:
         self._drain_at = None

@@ -58,7 +58,7 @@ async def accepted(
 
 async def find(task_id: UUID) -> Row[Any] | None:
     """Return a task's row; None when no task has this id."""
-    return next(iter(await store.rows(statements.task(task_id))), None)
+    return await store.first(statements.task(task_id))
 
 
 def refuse_key(request: Request) -> None:

@@ -85,7 +85,7 @@ async def _wait(front: Front, submission: Submission, preference: Preference) ->
         await accept(front, submission)
         await front.waiting.until(ended, preference.wait_s)
     try:
-        row = next(iter(await store.rows(statements.result(submission.task_id))), None)
+        row = await store.first(statements.result(submission.task_id))
     except DatabaseUnavailable:
         # It was accepted: an error without its id would make the client send it again.
         row = None

@@ -44,6 +44,11 @@ async def rows(statement: Executable, *, within_s: float = WITHIN_S) -> Sequence
     return await _bounded(read(), within_s)
 
 
+async def first(statement: Executable) -> Row[Any] | None:
+    """Run one statement and return its first row, if it has one; else as `rows`."""
+    return next(iter(await rows(statement)), None)
+
+
 async def run(work: Work[T], *, within_s: float = WITHIN_S) -> T:
     """Run work in one transaction; raises `DatabaseUnavailable` when that takes too long."""
 

@@ -91,6 +91,18 @@ def test_urgent_notices_are_served_first(bell: Any) -> None:
     assert levels == [AGENT, f"{AGENT}\x06\x168"]
 
 
+def test_redis_keeps_no_list_of_unacknowledged_notices(bell: Any) -> None:
+    from sutazai.celery import app
+
+    accept()
+    Relay(bell).round()
+    assert depth(bell) == 1
+    with app.connection_for_read() as connection:
+        queue = app.amqp.queues[AGENT](connection.default_channel)
+        assert queue.get() is not None
+        assert redis.attempt(lambda client: client.keys("unacked*")) == []
+
+
 def test_nothing_is_rung_without_a_worker_or_while_paused(bell: Any) -> None:
     accept()
     with db.transaction() as connection:
