@@ -11,7 +11,6 @@ import dataclasses
 import os
 import runpy
 import sys
-import time
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -22,9 +21,8 @@ from celery import Celery, Task, bootsteps, signals
 from celery.backends.base import BaseBackend
 from celery.exceptions import Ignore
 from celery.worker.control import Panel
-from celery.worker.control import enable_events as celery_enable_events
 
-from sutazai import db, lifecycle, log, redis, statements
+from sutazai import db, lifecycle, log, redis, statements, watchers
 from sutazai.agent import Action, Agent, WorkerView
 from sutazai.embedded import Supervisor
 from sutazai.errors import (
@@ -45,9 +43,6 @@ from sutazai.state import State
 from sutazai.submission import DEFAULT_PRIORITY, Options, Submission
 from sutazai.tasks import load
 from sutazai.worker import NotClaimed, Requeued, Site, Unrecorded, perform
-
-EVENTS_LAST_S = 30.0
-"""Task events, which cost two thirds of the throughput, end this long after the last watcher."""
 
 _logger = log.get(__name__)
 
@@ -175,6 +170,7 @@ def _create() -> Application:
         for action in agent.actions.values():
             _bind(made, action)
     made.steps["worker"].add(KeeperStep)
+    made.steps["consumer"].add(watchers.BatchEvents)
     return made
 
 
@@ -299,7 +295,7 @@ class KeeperStep(bootsteps.StartStopStep):  # type: ignore[misc]
             site.agents,
             slots=lambda: int(parent.pool.num_processes or 1),
             consuming=lambda: _is_consuming(parent, site.identity.agent),
-            each_beat=lambda: _end_unwatched_events(parent),
+            each_beat=lambda: watchers.end_unwatched(parent),
         )
         keeper.start()
 
@@ -333,24 +329,6 @@ def _is_consuming(parent: Any, queue: str) -> bool:
     """Whether the agent's queue is consumed; the worker's own one does not count."""
     consumer = getattr(parent.consumer, "task_consumer", None)
     return consumer is None or any(consumed.name == queue for consumed in consumer.queues)
-
-
-def _end_unwatched_events(parent: Any) -> None:
-    dispatcher = getattr(parent.consumer, "event_dispatcher", None)
-    asked_at = _state.get("events_asked_at", 0.0)
-    if (
-        dispatcher is not None
-        and "task" in (dispatcher.groups or ())
-        and time.monotonic() - asked_at > EVENTS_LAST_S
-    ):
-        dispatcher.groups.discard("task")
-        _logger.info("task events off: nobody has asked for them")
-
-
-@Panel.register(name="enable_events", type="control", help="Tell worker(s) to send task events.")
-def _enable_events(state: Any) -> Any:
-    _state["events_asked_at"] = time.monotonic()
-    return celery_enable_events(state)
 
 
 @Panel.register(

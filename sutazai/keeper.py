@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import os
 import select
 import signal
@@ -20,7 +21,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import UUID
 
 import psutil
@@ -50,7 +51,7 @@ DRAIN_S = 25.0
 REGISTRY_S = 10.0
 
 WATCH_S = 0.25
-"""How often limits are looked at while something runs."""
+"""How often reports are read and limits are looked at while something runs."""
 
 _logger = log.get(__name__)
 
@@ -132,8 +133,25 @@ def die_with_parent(number: signal.Signals = signal.SIGKILL) -> None:
 
 # --- the pipe between the processes ---------------------------------------------------------
 
-_REPORT = struct.Struct("=?16s16sid")
-"""began, task id, claim id, pid, limit in s: far below PIPE_BUF, so writes are atomic."""
+_REPORT = struct.Struct("=?16s16sidd")
+"""began, task id, claim id, pid, limit in s, instant: far below PIPE_BUF, so writes are atomic.
+
+The instant is of the monotonic clock, which all processes of a machine share.
+"""
+
+_PIPE_BYTES = 1 << 20
+"""So much is written between two reads by children that run thousands of tasks a second."""
+
+
+class Report(NamedTuple):
+    """An attempt's word on its begin or end."""
+
+    began: bool
+    task_id: UUID
+    claim_id: UUID
+    pid: int
+    limit_s: float
+    at: float
 
 
 class Reports:
@@ -143,23 +161,28 @@ class Reports:
         self.reader, self._writer = os.pipe()
         os.set_inheritable(self._writer, True)
         os.set_blocking(self.reader, False)
+        if sys.platform == "linux":
+            with contextlib.suppress(OSError):  # more than this user may have
+                fcntl.fcntl(self._writer, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
 
     def tell(self, *, began: bool, task_id: UUID, claim_id: UUID, limit_s: float = 0.0) -> None:
         """Write one report."""
         os.write(
             self._writer,
-            _REPORT.pack(began, task_id.bytes, claim_id.bytes, os.getpid(), limit_s),
+            _REPORT.pack(
+                began, task_id.bytes, claim_id.bytes, os.getpid(), limit_s, time.monotonic()
+            ),
         )
 
-    def read(self) -> list[tuple[bool, UUID, UUID, int, float]]:
+    def read(self) -> list[Report]:
         """Return the reports that have come."""
         try:
-            raw = os.read(self.reader, _REPORT.size * 256)
+            raw = os.read(self.reader, _REPORT.size * (_PIPE_BYTES // _REPORT.size))
         except BlockingIOError:
             return []
         return [
-            (began, UUID(bytes=task), UUID(bytes=claim), pid, limit)
-            for began, task, claim, pid, limit in _REPORT.iter_unpack(raw)
+            Report(began, UUID(bytes=task), UUID(bytes=claim), pid, limit_s, at)
+            for began, task, claim, pid, limit_s, at in _REPORT.iter_unpack(raw)
         ]
 
 
@@ -247,11 +270,7 @@ class Keeper(threading.Thread):
         enlisted = False
         beat_at = extend_at = 0.0
         while not self._stop_requested.is_set():
-            # Limits are watched closely while something runs; else the next heartbeat is enough.
-            pause_s = WATCH_S if self._running else max(0.0, beat_at - time.monotonic())
-            woken, _, _ = select.select([self._reports.reader, self._wake_reader], [], [], pause_s)
-            if self._wake_reader in woken:
-                os.read(self._wake_reader, 64)
+            self._await(beat_at)
             self._take_reports()
             now = time.monotonic()
             try:
@@ -276,15 +295,31 @@ class Keeper(threading.Thread):
                 _logger.exception("the keeper failed in one round")
                 self._stop_requested.wait(1.0)
 
+    def _await(self, beat_at: float) -> None:
+        """Sleep until there is something to do.
+
+        While nothing runs that is a report or the next heartbeat. Reports are not read one by one:
+        to be woken twice a task would cost more than the task.
+        """
+        own = [self._wake_reader]
+        woken: list[int] = []
+        if not self._running:
+            idle_s = max(0.0, beat_at - time.monotonic())
+            woken, _, _ = select.select([*own, self._reports.reader], [], [], idle_s)
+        if self._running or self._reports.reader in woken:
+            woken, _, _ = select.select(own, [], [], WATCH_S)
+        if self._wake_reader in woken:
+            os.read(self._wake_reader, 64)
+
     def _take_reports(self) -> None:
-        for began, task_id, claim_id, pid, limit_s in self._reports.read():
-            if began:
+        for report in self._reports.read():
+            if report.began:
                 self._claims += 1
-                self._running[claim_id] = Running(
-                    task_id, claim_id, pid, limit_s, began_at=time.monotonic()
+                self._running[report.claim_id] = Running(
+                    report.task_id, report.claim_id, report.pid, report.limit_s, report.at
                 )
             else:
-                self._running.pop(claim_id, None)
+                self._running.pop(report.claim_id, None)
 
     def _beat(self) -> None:
         values: dict[str, Any] = {

@@ -6,6 +6,8 @@ import shutil
 import signal
 import subprocess
 import time
+from base64 import b64decode
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -284,6 +286,26 @@ def _flower_saw(system: System, base: str) -> bool:
     task_id = system.process_task("probe", "nap", seconds=0.05).json()["task_id"]
     found = system.client.get(f"{base}/api/tasks", params={"limit": 200}).json()
     return task_id in found and found[task_id]["state"] == "SUCCESS"
+
+
+def test_task_events_go_out_in_batches(system: System, env_file: dict[str, str]) -> None:
+    batches: list[list[dict[str, Any]]] = []
+    told: Counter[str] = Counter()
+    with redis.Redis.from_url(env_file["SUTAZAI_REDIS_URL"]) as client, client.pubsub() as stream:
+        stream.psubscribe("*celeryev/task.multi")
+        tasks = {system.submit("probe", "nap", seconds=0) for _ in range(20)}
+
+        def all_told() -> bool:
+            message = stream.get_message(ignore_subscribe_messages=True, timeout=1)
+            if message is not None:
+                batch = json.loads(b64decode(json.loads(message["data"])["body"]))
+                batches.append(batch)
+                told.update(event["type"] for event in batch if event["uuid"] in tasks)
+            return told["task-succeeded"] == 20
+
+        eventually(all_told, 20, "Flower watches, so every task is told of")
+    assert told["task-received"] == told["task-started"] == 20
+    assert len(batches) < 20
 
 
 # --- the command line -----------------------------------------------------------------------
