@@ -84,6 +84,9 @@ tasks = Table(
     Column("rerun_after_crash", Boolean, nullable=False, server_default=text("true")),
     Column("failures", Integer, nullable=False, server_default="0"),
     Column("crashes", Integer, nullable=False, server_default="0"),
+    # Of tasks with an equal key only so many run at once; `held` while that many do.
+    Column("concurrency_key", Text),
+    Column("held", Boolean, nullable=False, server_default=text("false")),
     Column("host", Text),
     Column("tick_at", Instant),
     Column("call_index", Integer),
@@ -97,6 +100,12 @@ tasks = Table(
     # next_ring_at is NULL while the row must not be rung: it runs, has ended, or is not yet due.
     Column("rings", Integer, nullable=False, server_default="0"),
     Column("next_ring_at", Instant),
+    # A terminal row with a callback_url and without callback_settled_at is a callback that is due.
+    Column("callback_url", Text),
+    Column("callback_tries", Integer, nullable=False, server_default="0"),
+    Column("callback_next_at", Instant),
+    Column("callback_settled_at", Instant),
+    Column("callback_error", Text),
     CheckConstraint(f"state IN ({', '.join(repr(s.value) for s in State)})", name="state"),
     CheckConstraint("priority BETWEEN 0 AND 9", name="priority"),
 )
@@ -120,7 +129,28 @@ Index(
 Index(
     "tasks_not_due",
     tasks.c.run_at,
-    postgresql_where=_QUEUED & tasks.c.next_ring_at.is_(None),
+    postgresql_where=_QUEUED & tasks.c.next_ring_at.is_(None) & ~tasks.c.held,
+)
+Index(
+    "tasks_held",
+    tasks.c.agent,
+    tasks.c.concurrency_key,
+    tasks.c.priority.desc(),
+    tasks.c.task_id,
+    postgresql_where=_QUEUED & tasks.c.held,
+)
+Index(
+    "tasks_key",
+    tasks.c.agent,
+    tasks.c.concurrency_key,
+    postgresql_where=tasks.c.concurrency_key.is_not(None) & tasks.c.finished_at.is_(None),
+)
+Index(
+    "tasks_callback",
+    tasks.c.finished_at,
+    postgresql_where=tasks.c.callback_url.is_not(None)
+    & tasks.c.finished_at.is_not(None)
+    & tasks.c.callback_settled_at.is_(None),
 )
 Index(
     "tasks_deadline",
@@ -205,7 +235,51 @@ queues = Table(
     "queues",
     metadata,
     Column("agent", Text, primary_key=True),
+    # Paused: tasks are accepted and none is started. Draining: none is accepted, those there end.
     Column("paused", Boolean, nullable=False, server_default=text("false")),
+    Column("draining", Boolean, nullable=False, server_default=text("false")),
+)
+
+idempotency_keys = Table(
+    "idempotency_keys",
+    metadata,
+    Column("principal", Text, primary_key=True),
+    Column("agent", Text, primary_key=True),
+    Column("key", Text, primary_key=True),
+    Column("task_id", Uuid, nullable=False),
+    # Of what was asked for: the same key with another payload is refused.
+    Column("fingerprint", Text, nullable=False),
+)
+Index("idempotency_keys_task", idempotency_keys.c.task_id)
+
+concurrency_keys = Table(
+    "concurrency_keys",
+    metadata,
+    Column("agent", Text, primary_key=True),
+    Column("key", Text, primary_key=True),
+    # From when on the next task of this key may start; NULL: no rate is declared.
+    Column("next_at", Instant),
+)
+
+# What an attempt tells while it runs; changes of state are told by tasks and attempts themselves.
+task_events = Table(
+    "task_events",
+    metadata,
+    Column("task_id", Uuid, primary_key=True),
+    # Microseconds since the epoch times 1000, and the place within one commit: grows with time.
+    Column("event_id", BigInteger, primary_key=True),
+    Column("kind", Text, nullable=False),
+    Column("data", JSONB, nullable=False),
+)
+
+# What was pruned, so that totals never go back.
+totals = Table(
+    "totals",
+    metadata,
+    Column("agent", Text, primary_key=True),
+    Column("action", Text, primary_key=True),
+    Column("state", Text, primary_key=True),
+    Column("tasks", BigInteger, nullable=False),
 )
 
 schedules = Table(
