@@ -22,14 +22,27 @@ import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
-from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar, Union
-from uuid import UUID
+from datetime import timedelta
+from typing import Any, Generic, Literal, TypeVar, Union
 
 from pydantic import BaseModel, Field, ValidationError
 
 from sutazai import payload
+from sutazai.context import Context, Delegation, Log, System, WorkerView
 from sutazai.errors import DeclarationError, InvalidInput, InvalidResult, UnknownAction
+
+__all__ = [
+    "Action",
+    "Agent",
+    "Context",
+    "Delegation",
+    "Log",
+    "NoParams",
+    "Pool",
+    "System",
+    "WorkerView",
+    "normalise",
+]
 
 Pool = Literal["prefork", "threads", "solo"]
 
@@ -47,120 +60,6 @@ class NoParams(BaseModel):
     """The parameters of an action that takes none."""
 
 
-class Delegation(NamedTuple):
-    """What an action returns to end with the outcome of its child task."""
-
-    task_id: UUID
-
-
-class Log(Protocol):
-    """Log lines of a running task; each carries agent, action, task id and attempt."""
-
-    def debug(self, event: str, **fields: Any) -> Any:
-        """Log a detail."""
-
-    def info(self, event: str, **fields: Any) -> Any:
-        """Log what happened."""
-
-    def warning(self, event: str, **fields: Any) -> Any:
-        """Log what should be looked at."""
-
-    def error(self, event: str, **fields: Any) -> Any:
-        """Log what went wrong."""
-
-
-class WorkerView(NamedTuple):
-    """One live worker, as an action sees it."""
-
-    name: str
-    agent: str
-    host: str
-    pid: int
-    slots: int
-    running: int
-    heartbeat_age_s: float
-    queued: int
-
-
-class System(Protocol):
-    """What an action may ask of the running system; raises `Unsupported` with the reason."""
-
-    def workers(self) -> list[WorkerView]:
-        """Return every live worker, and beside it how many due tasks its queue holds."""
-
-    def resize(self, agent: str, host: str, slots: int) -> int:
-        """Set the number of slots of an agent's worker on a host; return the number reached."""
-
-    def restart_pool(self, agent: str) -> None:
-        """Restart the pool of every worker of an agent."""
-
-    def restart_process(self, agent: str) -> None:
-        """Restart the worker processes of an agent on this machine."""
-
-
-class Context(Protocol):
-    """What a running action may know and do."""
-
-    @property
-    def task_id(self) -> UUID:
-        """The id of the task; also Celery's."""
-
-    @property
-    def attempt(self) -> int:
-        """1 for the first claim; it only grows."""
-
-    @property
-    def idempotency_key(self) -> str:
-        """A key that is equal in every attempt, to pass on to other systems."""
-
-    @property
-    def created_at(self) -> datetime:
-        """When the task was accepted, by the clock of PostgreSQL."""
-
-    @property
-    def deadline_at(self) -> datetime | None:
-        """When the outcome is of no more use; None: never."""
-
-    @property
-    def host(self) -> str:
-        """The name of the host that the action runs on."""
-
-    @property
-    def cancelled(self) -> bool:
-        """Whether somebody has cancelled this task; an action that sees it should return."""
-
-    @property
-    def log(self) -> Log:
-        """Structured log lines of this task."""
-
-    @property
-    def agents(self) -> Mapping[str, Agent]:
-        """Every declared agent, by name."""
-
-    @property
-    def system(self) -> System:
-        """The running system."""
-
-    def progress(self, fraction: float, message: str = "") -> None:
-        """Tell how far the work has come, 0 to 1; stored at most once a second."""
-
-    def enqueue(
-        self, target: Action[Any, Any] | str, params: BaseModel | Mapping[str, Any]
-    ) -> UUID:
-        """Start a child task, an action of this agent or `"agent.action"`; return its id.
-
-        It commits at once. A later attempt that makes the same n-th call finds the same child.
-        """
-
-    def delegate(
-        self, target: Action[Any, Any] | str, params: BaseModel | Mapping[str, Any]
-    ) -> Delegation:
-        """Start a child task whose outcome becomes this task's: return what this returns."""
-
-    def write(self, statement: Any) -> None:
-        """Run an SQLAlchemy statement in the transaction that records the task's outcome."""
-
-
 @dataclass(frozen=True)
 class Action(Generic[P, R]):
     """One typed function that an agent performs, with its limits; calling it calls the function."""
@@ -175,6 +74,8 @@ class Action(Generic[P, R]):
     max_attempts: int = 1
     retry_on: tuple[type[BaseException], ...] = ()
     rerun_after_crash: bool = True
+    key_slots: int = 1
+    key_rate_per_s: float | None = None
     every: timedelta | None = None
     on: Literal["any-host", "each-host"] = "any-host"
     _schemas: dict[str, dict[str, Any]] = field(default_factory=dict, compare=False, repr=False)
@@ -276,6 +177,8 @@ class Agent:
     """A name, a port, a queue of the same name, some actions and the pool that fits its work.
 
     `slots` is (fewest, default, most) tasks at once in one worker; pools are resized only within.
+    `queue_limit` is how many due tasks its queue may hold before more are refused; None: any
+    number.
     `default_action` is what a `POST /process` without an action means. Every agent has the action
     `describe`.
     """
@@ -289,6 +192,7 @@ class Agent:
         slots: tuple[int, int, int] = (1, 2, 4),
         pool: Pool = "prefork",
         default_action: str | None = None,
+        queue_limit: int | None = None,
     ) -> None:
         if not _AGENT_NAME.fullmatch(name):
             raise DeclarationError(
@@ -308,8 +212,11 @@ class Agent:
             raise DeclarationError(
                 f"The slots {slots} of {name} must be (fewest, default, most), each at least 1."
             )
+        if queue_limit is not None and queue_limit < 1:
+            raise DeclarationError(f"The queue_limit {queue_limit} of {name} must be at least 1.")
         self.name = name
         self.port = port
+        self.queue_limit = queue_limit
         self.doc = inspect.cleandoc(doc)
         self.slots = slots
         self.pool: Pool = pool
@@ -338,6 +245,8 @@ class Agent:
         max_attempts: int = 1,
         retry_on: Sequence[type[BaseException]] = (),
         rerun_after_crash: bool = True,
+        key_slots: int = 1,
+        key_rate_per_s: float | None = None,
         every: timedelta | None = None,
         on: Literal["any-host", "each-host"] = "any-host",
     ) -> Callable[[Callable[[P, Context], R | Delegation]], Action[P, R]]:
@@ -345,6 +254,9 @@ class Agent:
 
         time_limit_s: after it the attempt is ended. max_attempts: failures allowed, of the kinds
         in `retry_on`. rerun_after_crash=False: a task whose worker died is failed, not repeated.
+        key_slots, key_rate_per_s: of the tasks submitted with an equal concurrency key, on all
+        workers together, so many run at once, and so many are started a second (on average; up to
+        two seconds' worth at once).
         every: run it by itself with this period; on="each-host": once on each live host.
         """
 
@@ -361,6 +273,10 @@ class Agent:
                 raise DeclarationError(
                     f"The action {full_name} needs time_limit_s > 0 and max_attempts ≥ 1."
                 )
+            if key_slots < 1 or (key_rate_per_s is not None and key_rate_per_s <= 0):
+                raise DeclarationError(
+                    f"The action {full_name} needs key_slots ≥ 1 and key_rate_per_s > 0."
+                )
             if every is not None and every < timedelta(seconds=1):
                 raise DeclarationError(f"The period of {full_name} must be at least one second.")
             params_model, result_model = _models(full_name, function)
@@ -375,6 +291,8 @@ class Agent:
                 max_attempts=max_attempts,
                 retry_on=tuple(retry_on),
                 rerun_after_crash=rerun_after_crash,
+                key_slots=key_slots,
+                key_rate_per_s=key_rate_per_s,
                 every=every,
                 on=on,
             )

@@ -22,7 +22,7 @@ from celery.backends.base import BaseBackend
 from celery.exceptions import Ignore
 from celery.worker.control import Panel
 
-from sutazai import db, lifecycle, log, redis, statements, watchers
+from sutazai import admission, db, lifecycle, log, redis, statements, watchers
 from sutazai.agent import Action, Agent, WorkerView
 from sutazai.embedded import Supervisor
 from sutazai.errors import (
@@ -81,8 +81,7 @@ class Application(Celery):  # type: ignore[misc]
         except ValueError as error:
             raise InvalidInput(f"{name} cannot be sent like this: {error}") from None
         submission = Submission(action, kwargs or {}, chosen, "celery", task_id)
-        submit(submission)
-        return self.AsyncResult(str(submission.task_id))
+        return self.AsyncResult(str(submit(submission).task_id))
 
 
 class TaskRows(BaseBackend):  # type: ignore[misc]
@@ -145,13 +144,16 @@ def find_action(name: str) -> Action[Any, Any] | None:
         return None
 
 
-def submit(submission: Submission) -> bool:
-    """Accept a task and ring; False when the same tick or call was accepted before."""
-    rung = lifecycle.will_ring(submission, bell())
+def submit(submission: Submission) -> admission.Accepted:
+    """Accept a task and ring; raises as `admission.accept` does."""
+    rung = admission.will_ring(submission, bell())
     with db.transaction() as connection:
-        accepted = lifecycle.accept(connection, submission, rung=rung)
-    if accepted and rung:
+        accepted = admission.accept(
+            connection, submission, rung=rung, limit=load().get(submission.action.agent).queue_limit
+        )
+    if accepted.fresh and rung:
         bell().ring([submission.notice])
+    redis.announce_ended(accepted.replaced)
     return accepted
 
 
@@ -344,8 +346,7 @@ def _revoke(state: Any, task_id: Any, terminate: bool = False, signal: Any = Non
     with db.transaction() as connection:
         for wanted in filter(None, map(_uuid, ids)):
             ended += lifecycle.cancel(connection, wanted)
-    for gone in ended:
-        redis.announce(gone.agent, gone.task_id, kind="state", state=State.CANCELLED.value)
+    redis.announce_ended(ended)
     return {"ok": f"cancelled: {', '.join(ids)}"}
 
 

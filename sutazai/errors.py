@@ -9,10 +9,14 @@ SutazaiError                     500 internal_error
 │   └── UnknownAgent             404 unknown_agent
 ├── MethodNotAllowed             405 method_not_allowed
 ├── Conflict                     409 conflict
+│   ├── QueueDraining            409 queue_draining
+│   └── KeyBusy                  409 concurrency_key_busy
 ├── PayloadTooLarge              413 payload_too_large
 ├── UnsupportedMediaType         415 unsupported_media_type
 ├── InvalidInput                 422 invalid_input       repeating it will not help
-│   └── UnknownAction            422 unknown_action
+│   ├── UnknownAction            422 unknown_action
+│   └── KeyReused                422 idempotency_key_reused
+├── QueueFull                    429 queue_full          repeating it later will help
 ├── Unavailable                  503 unavailable         repeating it may help
 │   └── DatabaseUnavailable      503 database_unavailable
 ├── Unsupported                  501 unsupported         this installation cannot do that
@@ -97,6 +101,26 @@ class Conflict(SutazaiError):
     code = "conflict"
 
 
+class QueueDraining(Conflict):
+    """The queue drains: it takes no new tasks until it is resumed."""
+
+    code = "queue_draining"
+
+
+class KeyBusy(Conflict):
+    """A task with this concurrency key has not ended yet."""
+
+    code = "concurrency_key_busy"
+
+
+class QueueFull(SutazaiError):
+    """The queue is full; try again later."""
+
+    status = 429
+    code = "queue_full"
+    retryable = True
+
+
 class PayloadTooLarge(SutazaiError):
     """The body is larger than is accepted."""
 
@@ -122,6 +146,12 @@ class UnknownAction(InvalidInput):
     """The agent has no action of this name."""
 
     code = "unknown_action"
+
+
+class KeyReused(InvalidInput):
+    """This idempotency key was used for a different request; use a new one."""
+
+    code = "idempotency_key_reused"
 
 
 class Unavailable(SutazaiError):

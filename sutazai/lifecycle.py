@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import UUID
 
 from sutazai import statements
-from sutazai.bell import Bell
 from sutazai.errors import (
     DeadlineExceeded,
     Poison,
@@ -22,7 +21,6 @@ from sutazai.errors import (
     WorkerLost,
 )
 from sutazai.state import Outcome, State
-from sutazai.submission import Submission
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Row, Select
@@ -34,26 +32,19 @@ CRASHES_ALLOWED = 2
 SECOND_CRASH_DELAY_S = 5.0
 
 
+class KeyLimits(NamedTuple):
+    """What an action allows the tasks of one concurrency key."""
+
+    slots: int
+    rate_per_s: float | None
+
+
 class Ended(NamedTuple):
     """A task that became terminal, for those who wait for it."""
 
     task_id: UUID
     agent: str
-
-
-def will_ring(submission: Submission, bell: Bell | None) -> bool:
-    """Whether the caller should publish a notice right after it has committed."""
-    return bool(
-        bell
-        and submission.is_due
-        and bell.room(submission.action.agent, submission.options.priority)
-    )
-
-
-def accept(connection: Connection, submission: Submission, *, rung: bool) -> bool:
-    """Insert a task; False when it is there already. `rung`: the caller rings after the commit."""
-    row = connection.execute(statements.accept(submission.row, rung=rung)).first()
-    return row is not None
+    state: str
 
 
 def end(
@@ -73,8 +64,7 @@ def end(
     done = connection.execute(
         statements.finish(task_id, claim_id, state, outcome, result=result, error=error)
     ).first()
-    if done and parent_id:
-        wake_parent(connection, task_id, parent_id)
+    _follow(connection, done, parent_id)
     return done is not None
 
 
@@ -91,9 +81,48 @@ def requeue(
     if parent_id:
         connection.execute(statements.lock(parent_id))
     done = connection.execute(statements.requeue(task_id, claim_id, outcome, **charge)).first()
-    if done and parent_id:
-        wake_parent(connection, task_id, parent_id)
+    _follow(connection, done, parent_id)
     return done is not None
+
+
+def _follow(connection: Connection, left: Row[Any] | None, parent_id: UUID | None) -> None:
+    """Do what follows when a task has left running: its parent and its key may go on."""
+    if left is None:
+        return
+    if parent_id:
+        wake_parent(connection, left.task_id, parent_id)
+    if left.concurrency_key:
+        connection.execute(statements.lock_key_of(left.agent, left.concurrency_key))
+        connection.execute(statements.wake_key(left.agent, left.concurrency_key))
+
+
+def claim(
+    connection: Connection, task_id: UUID, limits: KeyLimits, **claimant: Any
+) -> Row[Any] | None:
+    """Claim a task that `statements.claim` did not, because its key limits how many run at once.
+
+    The key's row is locked first: without it, two workers that count at the same time would both
+    find room. No row: held until the key has room, put off, or nothing to claim at all.
+    """
+    found = connection.execute(statements.unclaimed(task_id, claimant["worker_id"])).first()
+    if found is None:
+        return None
+    if found.beside_suspect:
+        connection.execute(statements.put_off(task_id))
+        return None
+    if not found.concurrency_key:
+        return None
+    key = (found.agent, found.concurrency_key)
+    lock = statements.lock_key(*key, limits.slots, limits.rate_per_s)
+    is_open = connection.execute(lock).scalar_one()
+    running = connection.execute(statements.running_of_key(*key)).scalar_one()
+    if not is_open or running >= limits.slots:
+        connection.execute(statements.hold(task_id))
+        return None
+    row = connection.execute(statements.claim_of_key(task_id, **claimant)).first()
+    if row is not None and limits.rate_per_s:
+        connection.execute(statements.start_of_key(*key))
+    return row
 
 
 def delegate(connection: Connection, task_id: UUID, claim_id: UUID, child_id: UUID) -> bool:
@@ -102,6 +131,7 @@ def delegate(connection: Connection, task_id: UUID, claim_id: UUID, child_id: UU
     done = connection.execute(statements.wait_for_child(task_id, claim_id, child_id)).first()
     if done and connection.execute(statements.cancel_requested(task_id)).scalar():
         cancel(connection, child_id)
+    _follow(connection, done, None)
     if done:
         wake_parent(connection, child_id, task_id)
     return done is not None
@@ -112,7 +142,7 @@ def wake_parent(connection: Connection, task_id: UUID, parent_id: UUID) -> list[
     woken = []
     row = connection.execute(statements.advance_parent(task_id, parent_id)).first()
     while row is not None:
-        woken.append(Ended(row.task_id, row.agent))
+        woken.append(Ended(row.task_id, row.agent, row.state))
         if row.parent_id is None:
             break
         connection.execute(statements.lock(row.parent_id))
@@ -135,7 +165,7 @@ def cancel(connection: Connection, task_id: UUID) -> list[Ended]:
         return cancel(connection, row.child_id)
     if row.state != State.CANCELLED:
         return []
-    return [Ended(task_id, row.agent)] + (
+    return [Ended(task_id, row.agent, row.state)] + (
         wake_parent(connection, task_id, parent_id) if parent_id else []
     )
 
@@ -151,7 +181,7 @@ def expire(connection: Connection, limit: int = 500) -> list[Ended]:
     for row in connection.execute(
         statements.end_queued([row.task_id for row in late], State.FAILED, error)
     ).all():
-        gone.append(Ended(row.task_id, row.agent))
+        gone.append(Ended(row.task_id, row.agent, State.FAILED))
         if row.parent_id:
             gone.extend(wake_parent(connection, row.task_id, row.parent_id))
     return gone
@@ -171,7 +201,7 @@ def rescue(connection: Connection, lost: Select[Any], *, own_process: bool = Fal
     ]
     alone = {row.task_id: row.neighbours == 0 for row in rows}  # before any of them has moved
     return [
-        Ended(row.task_id, row.agent)
+        Ended(row.task_id, row.agent, State.FAILED)
         for row in rows
         if _rescue_one(
             connection,

@@ -162,6 +162,13 @@ Index(
     tasks.c.lease_expires_at,
     postgresql_where=tasks.c.state == State.RUNNING.value,
 )
+# Nearly always empty, so that a claim may look here for a task that must run alone.
+Index(
+    "tasks_suspect",
+    tasks.c.worker_id,
+    postgresql_where=(tasks.c.state == State.RUNNING.value) & (tasks.c.crashes > 0),
+)
+Index("tasks_retry_of", tasks.c.retry_of, postgresql_where=tasks.c.retry_of.is_not(None))
 Index("tasks_agent", tasks.c.agent, tasks.c.task_id)
 Index("tasks_parent", tasks.c.parent_id, postgresql_where=tasks.c.parent_id.is_not(None))
 Index("tasks_finished", tasks.c.finished_at, postgresql_where=tasks.c.finished_at.is_not(None))
@@ -257,7 +264,10 @@ concurrency_keys = Table(
     metadata,
     Column("agent", Text, primary_key=True),
     Column("key", Text, primary_key=True),
-    # From when on the next task of this key may start; NULL: no rate is declared.
+    # Of the action that claimed last, for those who wake what is held.
+    Column("slots", Integer, nullable=False, server_default="1"),
+    Column("rate_per_s", Double),
+    # When the next task may start if tasks start evenly (GCRA's theoretical arrival time).
     Column("next_at", Instant),
 )
 

@@ -54,6 +54,11 @@ def dumps(value: Any) -> str:
     return orjson.dumps(value, default=str).decode()
 
 
+def dumps_sorted(value: Any) -> bytes:
+    """Write JSON in one form, whatever the order of keys, to be hashed."""
+    return orjson.dumps(value, default=str, option=orjson.OPT_SORT_KEYS)
+
+
 def check_plain(value: Any) -> int:
     """Do what `check` does for a value made of plain JSON types; return its size in bytes.
 

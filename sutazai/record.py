@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from sutazai.state import State
+from sutazai.state import Outcome, State
 
 if TYPE_CHECKING:
     from sqlalchemy import Row
@@ -52,9 +52,76 @@ def task_json(row: Row[Any]) -> dict[str, Any]:
     return task
 
 
+class Event(NamedTuple):
+    """Something that happened to a task, for those who follow it."""
+
+    event_id: int
+    """Grows with time; see `statements.progress`."""
+
+    kind: Literal["state", "progress", "log", "result"]
+    data: dict[str, Any]
+
+
+_LAST_STATE, _LAST = 998, 999
+"""Places within a microsecond: what is stored comes before the change of state that follows it."""
+
+
+def state_events(row: Row[Any]) -> list[Event]:
+    """Return the changes of state that a task's row and its attempts tell of, and the result."""
+    task = task_json(row)
+
+    def change(at: str, place: int, state: str, **more: Any) -> Event:
+        data = {"task_id": task["task_id"], "state": state, "at": at, **more}
+        return Event(_event_id(at, place), "state", data)
+
+    events = [change(task["created_at"], 0, State.QUEUED)]
+    for attempt in task["attempts"]:
+        who = {"attempt": attempt["attempt"], "worker": attempt["worker"]}
+        events.append(change(attempt["started_at"], 0, State.RUNNING, **who))
+        if attempt["ended_at"] and attempt["ended_at"] != task["finished_at"]:
+            waits = attempt["outcome"] == Outcome.DELEGATED
+            state = State.WAITING if waits else State.QUEUED
+            more = {**who, "outcome": attempt["outcome"], "error": attempt["error"]}
+            events.append(change(attempt["ended_at"], _LAST_STATE, state, **more))
+    if task["finished_at"]:
+        at = task["finished_at"]
+        events.append(change(at, _LAST_STATE, task["state"], error=task["error"]))
+        events.append(Event(_event_id(at, _LAST), "result", task))
+    return events
+
+
+def _event_id(at: str, place: int) -> int:
+    since = datetime.fromisoformat(at) - _EPOCH
+    return since // timedelta(microseconds=1) * 1000 + place
+
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def queue_json(row: Row[Any], limit: int | None) -> dict[str, Any]:
+    """Return how a queue stands, of a row of `statements.status`."""
+    age_s = row.oldest_age_s
+    return {
+        "agent": row.agent,
+        "paused": row.paused,
+        "draining": row.draining,
+        "depth": row.depth,
+        "oldest_age_s": None if age_s is None else round(float(age_s), 3),
+        "held": row.held,
+        "running": row.running,
+        "slots": sum(worker["slots"] for worker in row.workers or []),
+        "workers": len(row.workers or []),
+        "limit": limit,
+    }
+
+
 def links(task_id: str) -> dict[str, str]:
     """Return where a task can be read and cancelled, relative to any front."""
-    return {"self": f"/tasks/{task_id}", "cancel": f"/tasks/{task_id}/cancel"}
+    return {
+        "self": f"/tasks/{task_id}",
+        "events": f"/tasks/{task_id}/events",
+        "cancel": f"/tasks/{task_id}/cancel",
+    }
 
 
 def _running_attempt(row: Row[Any]) -> dict[str, Any]:

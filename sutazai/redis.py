@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from uuid import UUID
 
 import redis as library
@@ -82,6 +82,28 @@ def announce(agent: str, task_id: UUID, **event: Any) -> None:
     """Publish an event of a task for those who wait or watch; losing it costs them a poll."""
     text = payload.dumps({"task_id": str(task_id), **event})
     attempt(lambda connection: connection.publish(events_channel(agent), text))
+
+
+class Ended(Protocol):
+    """A task that has ended."""
+
+    @property
+    def task_id(self) -> UUID:
+        """Its id."""
+
+    @property
+    def agent(self) -> str:
+        """Whose it is."""
+
+    @property
+    def state(self) -> str:
+        """How it ended."""
+
+
+def announce_ended(ended: Iterable[Ended]) -> None:
+    """Publish that tasks have ended."""
+    for gone in ended:
+        announce(gone.agent, gone.task_id, kind="state", state=gone.state)
 
 
 def _forget() -> None:

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from sutazai import db, lifecycle, log, redis, statements
 from sutazai.bell import WINDOWS_KEY, Bell, Notice, window
+from sutazai.callbacks import Courier
 from sutazai.errors import DatabaseUnavailable
 from sutazai.settings import settings
-from sutazai.state import State
 
 if TYPE_CHECKING:
     from sqlalchemy import Row
@@ -53,6 +52,7 @@ class Relay:
         self._served_at = self._rescued_at = self._pruned_at = 0.0
         self._claims: dict[str, tuple[float, int]] = {}
         self._windows: dict[str, int] = {}
+        self._courier = threading.Thread(target=self._run_courier, name="courier", daemon=True)
 
     def stop(self) -> None:
         """End `run` soon."""
@@ -60,6 +60,7 @@ class Relay:
 
     def run(self) -> None:
         """Pass after pass, until stopped; an unreachable PostgreSQL is waited for."""
+        self._courier.start()
         pause_s = IDLE_PASS_S
         while not self._stopping.wait(pause_s):
             try:
@@ -74,6 +75,20 @@ class Relay:
                 _logger.exception("the relay failed in one pass")
         self._retire()
 
+    def _run_courier(self) -> None:
+        """Deliver callbacks beside the passes: receivers may be slow."""
+        courier = Courier()
+        tried = 0
+        while not self._stopping.wait(0 if tried else IDLE_PASS_S):
+            try:
+                tried = courier.round()
+            except DatabaseUnavailable:
+                tried = 0
+            except Exception:
+                tried = 0
+                _logger.exception("the courier failed in one round")
+        courier.close()
+
     def round(self) -> int:
         """Do one pass; return how many notices were rung."""
         now = time.monotonic()
@@ -83,6 +98,7 @@ class Relay:
                 self._served_at = now
                 connection.execute(statements.serve("relay", self._instance))
             connection.execute(statements.become_due(CHUNK))
+            connection.execute(statements.wake_keys())
             agents = connection.execute(statements.busy_agents()).all()
         if now - self._rescued_at >= RESCUE_EACH_S:
             self._rescued_at = now
@@ -147,7 +163,7 @@ class Relay:
     def _end_late(self) -> None:
         with db.transaction() as connection:
             ended = lifecycle.expire(connection)
-        _announce(ended)
+        redis.announce_ended(ended)
 
     def _rescue(self) -> None:
         with db.transaction() as connection:
@@ -160,9 +176,11 @@ class Relay:
             old = statements.prune(after_s=after_s, scheduled=scheduled, limit=CHUNK)
             for _ in range(PRUNE_CHUNKS):
                 with db.transaction() as connection:
-                    if connection.execute(old).rowcount < CHUNK:
+                    if connection.execute(old).scalar_one() < CHUNK:
                         break
         with db.transaction() as connection:
+            connection.execute(statements.prune_keys(CHUNK))
+            connection.execute(statements.prune_concurrency_keys(CHUNK))
             connection.execute(statements.prune_workers(WORKERS_RETENTION_S))
             connection.execute(statements.prune_services(WORKERS_RETENTION_S))
 
@@ -172,8 +190,3 @@ class Relay:
                 connection.execute(statements.retire("relay", self._instance))
         except DatabaseUnavailable as error:
             _logger.warning("left without a goodbye", reason=str(error))
-
-
-def _announce(ended: Sequence[lifecycle.Ended]) -> None:
-    for gone in ended:
-        redis.announce(gone.agent, gone.task_id, kind="state", state=State.FAILED.value)

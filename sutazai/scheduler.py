@@ -12,7 +12,7 @@ from uuid import uuid4
 from celery import Celery
 from celery.beat import Scheduler
 
-from sutazai import db, lifecycle, log, statements
+from sutazai import admission, db, log, statements
 from sutazai.agent import Action
 from sutazai.bell import Bell
 from sutazai.errors import DatabaseUnavailable, InvalidInput, UnknownAgent
@@ -55,7 +55,7 @@ class PostgresScheduler(Scheduler):  # type: ignore[misc]
                     submission
                     for row in due
                     for submission in submissions(row, _hosts(connection, row))
-                    if lifecycle.accept(connection, submission, rung=True)
+                    if admission.accept(connection, submission, rung=True).fresh
                 ]
                 next_s = connection.execute(statements.next_tick()).scalar()
         except DatabaseUnavailable as error:

@@ -104,6 +104,8 @@ class Settings(BaseSettings):
     redis_url: str | None = None
     ollama_url: str = "http://127.0.0.1:11434"
     model: str = "tinyllama"
+    callback_secret: str | None = None
+    callback_hosts: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_names)] = ()
     bind: str = "127.0.0.1"
     port_offset: int = Field(default=0, ge=0, le=50_000)
     ports: Annotated[dict[str, int], NoDecode, BeforeValidator(_pairs)] = {}
@@ -150,6 +152,14 @@ class Settings(BaseSettings):
     @classmethod
     def _check_ollama_url(cls, value: str) -> str:
         return (_check_url(value, ("http", "https")) or "").rstrip("/")
+
+    @field_validator("callback_hosts")
+    @classmethod
+    def _check_callback_hosts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for entry in value:
+            if "/" in entry:
+                ipaddress.ip_network(entry)  # raises a ValueError that says what is wrong
+        return value
 
     @field_validator("concurrency")
     @classmethod

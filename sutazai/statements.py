@@ -8,7 +8,7 @@ task passes through are SQL text, which costs a third of the time of an expressi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
@@ -36,7 +36,16 @@ from sqlalchemy.dialects.postgresql import JSONB, insert
 from sqlalchemy.sql import ColumnElement
 
 from sutazai import payload
-from sutazai.models import IS_TERMINAL, attempts, schedules, services, tasks, workers
+from sutazai.models import (
+    IS_TERMINAL,
+    attempts,
+    idempotency_keys,
+    queues,
+    schedules,
+    services,
+    tasks,
+    workers,
+)
 from sutazai.state import Outcome, State
 
 LEASE_S = 30.0
@@ -46,6 +55,9 @@ FIRST_RING_S = 15.0
 """How long after a ring the row is rung again; it doubles each time up to `LAST_RING_S`."""
 
 LAST_RING_S = 600.0
+
+KEY_DAYS = 7
+"""An idempotency key expires so many days after its task ended."""
 
 DEPTH_LIMIT = 10_000
 """Counting of due tasks stops here; beyond it a depth is only known to be larger."""
@@ -87,41 +99,47 @@ def accept(row: Mapping[str, Any], *, rung: bool) -> TextClause:
     """Insert a task; a second one of the same parent's n-th call or the same tick does nothing.
 
     `rung`: whether the caller publishes a notice right after the commit. `deadline_in_s` in the
-    row is a deadline by the database's clock. Returns the id if it was inserted.
+    row is a deadline by the database's clock. With an idempotency key nothing is inserted when the
+    key is taken, and never while the queue drains. Returns the id if it was inserted.
     """
-    return _ACCEPT.bindparams(
-        **{
-            **_NO_OPTIONS,
-            **row,
-            "params": payload.dumps(row["params"]),
-            "labels": payload.dumps(row.get("labels") or {}),
-            "rings": int(rung),
-            "ring_in_s": FIRST_RING_S if rung else 0.0,
-        }
+    values = {
+        **_NO_OPTIONS,
+        **row,
+        "params": payload.dumps(row["params"]),
+        "labels": payload.dumps(row.get("labels") or {}),
+        "rings": int(rung),
+        "ring_in_s": FIRST_RING_S if rung else 0.0,
+    }
+    if values["idempotency_key"] is None:
+        return _ACCEPT.bindparams(**values)
+    return _ACCEPT_ONCE.bindparams(
+        **values, principal=row["principal"], fingerprint=row["fingerprint"]
     )
 
 
 _NO_OPTIONS: dict[str, Any] = dict.fromkeys(
     [
         *("run_at", "deadline_at", "deadline_in_s", "parent_id", "call_index", "retry_of"),
-        *("scheduled_by", "tick_at", "host"),
+        *("scheduled_by", "tick_at", "host", "idempotency_key", "concurrency_key", "callback_url"),
     ]
 )
 
-_ACCEPT = text(
-    """
+_INSERT = """
     INSERT INTO tasks (
         task_id, agent, action, params, priority, max_attempts, time_limit_s, rerun_after_crash,
         source, labels, parent_id, call_index, retry_of, scheduled_by, tick_at, host,
-        run_at,
-        deadline_at,
-        rings,
-        next_ring_at
-    ) VALUES (
+        idempotency_key, concurrency_key, callback_url, run_at, deadline_at, rings, next_ring_at
+    )
+"""
+
+_ADMITTED = """
+    SELECT
         :task_id, :agent, :action, CAST(:params AS jsonb), :priority, :max_attempts,
         :time_limit_s, :rerun_after_crash, :source, CAST(:labels AS jsonb),
         CAST(:parent_id AS uuid), CAST(:call_index AS integer), CAST(:retry_of AS uuid),
         CAST(:scheduled_by AS text), CAST(:tick_at AS timestamptz), CAST(:host AS text),
+        CAST(:idempotency_key AS text), CAST(:concurrency_key AS text),
+        CAST(:callback_url AS text),
         coalesce(CAST(:run_at AS timestamptz), now()),
         coalesce(
             CAST(:deadline_at AS timestamptz),
@@ -129,10 +147,233 @@ _ACCEPT = text(
         :rings,
         CASE WHEN coalesce(CAST(:run_at AS timestamptz), now()) <= now()
              THEN now() + make_interval(secs => :ring_in_s) END
+    WHERE (CAST(:parent_id AS uuid) IS NOT NULL
+           OR NOT EXISTS (SELECT 1 FROM queues WHERE queues.agent = :agent AND draining))
+"""
+
+_ACCEPT = text(f"{_INSERT} {_ADMITTED} ON CONFLICT DO NOTHING RETURNING task_id")
+
+_ACCEPT_ONCE = text(
+    f"""
+    WITH reserved AS (
+        INSERT INTO idempotency_keys (principal, agent, key, task_id, fingerprint)
+        SELECT :principal, :agent, :idempotency_key, :task_id, :fingerprint
+        WHERE NOT EXISTS (SELECT 1 FROM queues WHERE queues.agent = :agent AND draining)
+        ON CONFLICT DO NOTHING RETURNING task_id
     )
+    {_INSERT} {_ADMITTED} AND EXISTS (SELECT 1 FROM reserved)
+    ON CONFLICT DO NOTHING RETURNING task_id
+    """  # noqa: S608 - the inserted texts are constants
+)
+
+
+def accept_many(rows: Sequence[Mapping[str, Any]]) -> TextClause:
+    """Insert many tasks at once, without idempotency keys of their own; the relay rings them."""
+    plain = [{**_NO_OPTIONS, "labels": {}, **row} for row in rows]
+    return _ACCEPT_MANY.bindparams(rows=payload.dumps(plain))
+
+
+_ACCEPT_MANY = text(
+    f"""
+    {_INSERT}
+    SELECT
+        r.task_id, r.agent, r.action, r.params, r.priority, r.max_attempts, r.time_limit_s,
+        r.rerun_after_crash, r.source, r.labels, r.parent_id, r.call_index, r.retry_of,
+        r.scheduled_by, r.tick_at, r.host, r.idempotency_key, r.concurrency_key, r.callback_url,
+        coalesce(r.run_at, now()),
+        coalesce(r.deadline_at, now() + make_interval(secs => r.deadline_in_s)),
+        0,
+        CASE WHEN coalesce(r.run_at, now()) <= now() THEN now() END
+    FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS r(
+        task_id uuid, agent text, action text, params jsonb, priority smallint,
+        max_attempts integer, time_limit_s float8, rerun_after_crash boolean, source text,
+        labels jsonb, parent_id uuid, call_index integer, retry_of uuid, scheduled_by text,
+        tick_at timestamptz, host text, idempotency_key text, concurrency_key text,
+        callback_url text, run_at timestamptz, deadline_at timestamptz, deadline_in_s float8
+    )
+    WHERE NOT EXISTS (SELECT 1 FROM queues WHERE queues.agent = r.agent AND draining)
+    RETURNING task_id
+    """  # noqa: S608 - the inserted text is a constant
+)
+
+
+def reserve_keys(rows: Sequence[Mapping[str, Any]]) -> TextClause:
+    """Take the idempotency keys of many tasks, in the order of the keys; return whose were free.
+
+    In one order, so that two groups that share keys wait for each other instead of deadlocking.
+    """
+    names = ("principal", "agent", "idempotency_key", "task_id", "fingerprint")
+    keys = [{name: row[name] for name in names} for row in rows]
+    return _RESERVE_KEYS.bindparams(keys=payload.dumps(keys))
+
+
+_RESERVE_KEYS = text(
+    """
+    INSERT INTO idempotency_keys (principal, agent, key, task_id, fingerprint)
+    SELECT r.principal, r.agent, r.idempotency_key, r.task_id, r.fingerprint
+    FROM jsonb_to_recordset(CAST(:keys AS jsonb)) AS r(
+        principal text, agent text, idempotency_key text, task_id uuid, fingerprint text)
+    ORDER BY r.principal, r.agent, r.idempotency_key
     ON CONFLICT DO NOTHING
     RETURNING task_id
     """
+)
+
+
+def keyed(principal: str, agent: str, key: str) -> TextClause:
+    """Return the task of an idempotency key, and whether the key has expired."""
+    return _KEYED.bindparams(principal=principal, agent=agent, key=key, days=KEY_DAYS)
+
+
+_KEYED = text(
+    """
+    SELECT k.task_id, k.fingerprint, t.state,
+           t.task_id IS NULL OR coalesce(
+               t.finished_at < now() - make_interval(days => :days), false) AS expired
+    FROM idempotency_keys k LEFT JOIN tasks t ON t.task_id = k.task_id
+    WHERE k.principal = :principal AND k.agent = :agent AND k.key = :key
+    """
+)
+
+
+def forget_key(principal: str, agent: str, key: str, task_id: UUID) -> Delete:
+    """Free an expired idempotency key, unless somebody else has taken it again meanwhile."""
+    keys = idempotency_keys.c
+    return delete(idempotency_keys).where(
+        keys.principal == principal, keys.agent == agent, keys.key == key, keys.task_id == task_id
+    )
+
+
+def admission(agent: str, limit: int | None) -> TextClause:
+    """Return whether an agent's queue drains, and whether it holds `limit` due tasks or more."""
+    return _ADMISSION.bindparams(agent=agent, limit=limit)
+
+
+_ADMISSION = text(
+    """
+    SELECT EXISTS (SELECT 1 FROM queues WHERE queues.agent = :agent AND draining) AS draining,
+           CAST(:limit AS bigint) IS NOT NULL AND EXISTS (
+               SELECT 1 FROM tasks
+               WHERE agent = :agent AND state = 'queued' AND next_ring_at IS NOT NULL
+               OFFSET greatest(CAST(:limit AS bigint), 1) - 1 LIMIT 1) AS is_full
+    """
+)
+
+
+# --- concurrency keys -----------------------------------------------------------------------
+
+
+def lock_key(agent: str, key: str, slots: int = 1, rate_per_s: float | None = None) -> TextClause:
+    """Lock a concurrency key until the transaction ends; return whether its rate admits a start.
+
+    The rate is GCRA (ITU-T I.371) with a tolerance of two seconds.
+    """
+    return _LOCK_KEY.bindparams(agent=agent, key=key, slots=slots, rate_per_s=rate_per_s)
+
+
+_LOCK_KEY = text(
+    """
+    INSERT INTO concurrency_keys AS k (agent, key, slots, rate_per_s)
+    VALUES (:agent, :key, :slots, CAST(:rate_per_s AS float8))
+    ON CONFLICT (agent, key) DO UPDATE
+        SET slots = excluded.slots, rate_per_s = excluded.rate_per_s
+    RETURNING k.rate_per_s IS NULL OR k.next_at IS NULL OR k.next_at <= clock_timestamp()
+        + make_interval(secs => greatest(0, 2 - 1 / k.rate_per_s)) AS is_open
+    """
+)
+
+
+def lock_key_of(agent: str, key: str) -> TextClause:
+    """Lock a concurrency key that some claim has made."""
+    return _LOCK_KEY_OF.bindparams(agent=agent, key=key)
+
+
+_LOCK_KEY_OF = text("SELECT 1 FROM concurrency_keys WHERE agent = :agent AND key = :key FOR UPDATE")
+
+
+def start_of_key(agent: str, key: str) -> TextClause:
+    """Record that a task of a key with a rate starts now."""
+    return _START_OF_KEY.bindparams(agent=agent, key=key)
+
+
+_START_OF_KEY = text(
+    """
+    UPDATE concurrency_keys
+    SET next_at = greatest(next_at, clock_timestamp()) + make_interval(secs => 1 / rate_per_s)
+    WHERE agent = :agent AND key = :key AND rate_per_s IS NOT NULL
+    """
+)
+
+
+def running_of_key(agent: str, key: str) -> Select[Any]:
+    """Count the running tasks of a concurrency key, whose lock the caller holds."""
+    return (
+        select(func.count())
+        .select_from(tasks)
+        .where(_RUNNING, tasks.c.agent == agent, tasks.c.concurrency_key == key)
+    )
+
+
+def unfinished_of_key(agent: str, key: str) -> Select[Any]:
+    """Return the unfinished tasks of a concurrency key, oldest first."""
+    return (
+        select(tasks.c.task_id)
+        .where(
+            tasks.c.agent == agent,
+            tasks.c.concurrency_key == key,
+            tasks.c.finished_at.is_(None),
+        )
+        .order_by(tasks.c.task_id)
+    )
+
+
+def hold(task_id: UUID) -> Update:
+    """Keep a due task from being rung until its concurrency key has room."""
+    return (
+        update(tasks)
+        .where(tasks.c.task_id == task_id, _QUEUED)
+        .values(held=True, rings=0, next_ring_at=None)
+    )
+
+
+def wake_key(agent: str, key: str) -> TextClause:
+    """Let as many held tasks of a key be rung as it has room for: priority, then age."""
+    return _WAKE_KEY.bindparams(agent=agent, key=key)
+
+
+def wake_keys() -> TextClause:
+    """Do the same for every key that has held tasks."""
+    return _WAKE_KEYS
+
+
+_WAKE = """
+    WITH woken AS (
+        SELECT w.task_id FROM concurrency_keys k
+        CROSS JOIN LATERAL (
+            SELECT t.task_id FROM tasks t
+            WHERE t.agent = k.agent AND t.concurrency_key = k.key AND t.state = 'queued' AND t.held
+            ORDER BY t.priority DESC, t.task_id
+            LIMIT greatest(0, k.slots - (
+                SELECT count(*) FROM tasks o
+                WHERE o.agent = k.agent AND o.concurrency_key = k.key AND o.finished_at IS NULL
+                  AND (o.state = 'running' OR o.state = 'queued' AND o.next_ring_at IS NOT NULL)))
+        ) AS w
+        WHERE {which}
+          AND (k.rate_per_s IS NULL OR k.next_at IS NULL OR k.next_at <= clock_timestamp()
+               + make_interval(secs => greatest(0, 2 - 1 / k.rate_per_s)))
+    )
+    UPDATE tasks SET held = false, rings = 0, next_ring_at = now()
+    FROM woken WHERE tasks.task_id = woken.task_id AND tasks.state = 'queued' AND tasks.held
+    RETURNING tasks.task_id
+"""
+
+_WAKE_KEY = text(_WAKE.format(which="k.agent = :agent AND k.key = :key"))
+
+_WAKE_KEYS = text(
+    _WAKE.format(
+        which="""(k.agent, k.key) IN (
+            SELECT DISTINCT agent, concurrency_key FROM tasks WHERE state = 'queued' AND held)"""
+    )
 )
 
 
@@ -141,6 +382,66 @@ def child_of(parent_id: UUID, call_index: int) -> Select[Any]:
     return select(tasks.c.task_id).where(
         tasks.c.parent_id == parent_id, tasks.c.call_index == call_index
     )
+
+
+# --- replay ---------------------------------------------------------------------------------
+
+
+def lock_replay(agent: str) -> TextClause:
+    """Let one bulk replay of an agent's tasks follow the other, until the transaction ends."""
+    return text("SELECT pg_advisory_xact_lock(hashtext('replay'), hashtext(:agent))").bindparams(
+        agent=agent
+    )
+
+
+def now() -> TextClause:
+    """Return the database's time."""
+    return text("SELECT now()")
+
+
+def replayable(
+    *,
+    agent: str,
+    state: str,
+    limit: int,
+    action: str | None = None,
+    code: str | None = None,
+    since: datetime | None = None,
+    until: datetime | None = None,
+    labels: Mapping[str, str] | None = None,
+) -> Select[Any]:
+    """Return ended tasks that were not retried yet, oldest first."""
+    again = tasks.alias("again")
+    conditions = [
+        tasks.c.agent == agent,
+        tasks.c.state == state,
+        ~exists().where(again.c.retry_of == tasks.c.task_id),
+    ]
+    if action:
+        conditions.append(tasks.c.action == action)
+    if code:
+        conditions.append(tasks.c.error["code"].as_string() == code)
+    if since:
+        conditions.append(tasks.c.finished_at >= since)
+    if until:
+        conditions.append(tasks.c.finished_at < until)
+    if labels:
+        conditions.append(tasks.c.labels.contains(dict(labels)))
+    return select(*_REPEATED).where(*conditions).order_by(tasks.c.task_id).limit(limit)
+
+
+_REPEATED = (
+    tasks.c.task_id,
+    tasks.c.agent,
+    tasks.c.action,
+    tasks.c.params,
+    tasks.c.priority,
+    tasks.c.max_attempts,
+    tasks.c.time_limit_s,
+    tasks.c.labels,
+    tasks.c.concurrency_key,
+    tasks.c.callback_url,
+)
 
 
 # --- ring -----------------------------------------------------------------------------------
@@ -201,6 +502,15 @@ def ring_failed(task_ids: Sequence[UUID]) -> Update:
     )
 
 
+def put_off(task_id: UUID) -> Update:
+    """Ring a task again in a second, which could not be claimed just now."""
+    return (
+        update(tasks)
+        .where(_QUEUED, tasks.c.task_id == task_id)
+        .values(next_ring_at=_NOW + _seconds(1.0))
+    )
+
+
 def ring_again() -> Update:
     """After the broker lost its queues: every row that was rung is due now."""
     return update(tasks).where(_QUEUED, tasks.c.rings > 0).values(next_ring_at=_NOW)
@@ -219,7 +529,7 @@ def become_due(limit: int) -> Update:
     """Let rows whose time has come be rung."""
     chosen = (
         select(tasks.c.task_id)
-        .where(_QUEUED, tasks.c.next_ring_at.is_(None), tasks.c.run_at <= _NOW)
+        .where(_QUEUED, tasks.c.next_ring_at.is_(None), ~tasks.c.held, tasks.c.run_at <= _NOW)
         .order_by(tasks.c.run_at)
         .limit(limit)
         .with_for_update(skip_locked=True)
@@ -238,7 +548,11 @@ def become_due(limit: int) -> Update:
 def claim(
     task_id: UUID, *, agent: str, claim_id: UUID, worker: str, worker_id: UUID, host: str
 ) -> TextClause:
-    """Start an attempt, if the task is due here; no row: a stale, doubled or foreign notice."""
+    """Start an attempt, if the task is due here; no row: a stale, doubled or foreign notice.
+
+    A task with a concurrency key is claimed by `claim_of_key`. Beside a task whose process has
+    died before, nothing is started on the same worker, so that the next death has one suspect.
+    """
     return _CLAIM.bindparams(
         task_id=task_id,
         agent=agent,
@@ -250,23 +564,76 @@ def claim(
     )
 
 
-_CLAIM = text(
-    """
+def claim_of_key(
+    task_id: UUID, *, agent: str, claim_id: UUID, worker: str, worker_id: UUID, host: str
+) -> TextClause:
+    """Do the same as `claim` for a task whose concurrency key the caller has locked."""
+    return _CLAIM_OF_KEY.bindparams(
+        task_id=task_id,
+        agent=agent,
+        claim_id=claim_id,
+        worker=worker,
+        worker_id=worker_id,
+        host=host,
+        lease_s=LEASE_S,
+    )
+
+
+_CLAIM_ANY = """
     UPDATE tasks SET
         state = 'running', attempt = attempt + 1, claim_id = :claim_id, worker = :worker,
-        worker_id = :worker_id, started_at = now(), next_ring_at = NULL,
+        worker_id = :worker_id, started_at = now(), next_ring_at = NULL, held = false,
         lease_expires_at = now() + make_interval(secs => :lease_s)
     WHERE task_id = :task_id AND agent = :agent AND state = 'queued' AND run_at <= now()
       AND (deadline_at IS NULL OR deadline_at > now())
       AND (host IS NULL OR host = :host)
       AND cancel_requested_at IS NULL
       AND NOT EXISTS (SELECT 1 FROM queues WHERE queues.agent = :agent AND paused)
+      AND NOT EXISTS (SELECT 1 FROM tasks s
+                      WHERE s.worker_id = :worker_id AND s.state = 'running' AND s.crashes > 0)
+      AND concurrency_key IS {keyed} NULL
     RETURNING task_id, action, params, attempt, failures, max_attempts, time_limit_s, created_at,
-              deadline_at, parent_id, set_config('synchronous_commit', 'off', true)
-    """
-)
+              deadline_at, parent_id, concurrency_key, crashes,
+              set_config('synchronous_commit', 'off', true)
+"""
+
+_CLAIM = text(_CLAIM_ANY.format(keyed=""))
+_CLAIM_OF_KEY = text(_CLAIM_ANY.format(keyed="NOT"))
 # A claim that a crash of PostgreSQL forgets leaves the task queued, and its attempt's outcome is
 # refused by the fence: so, unlike accept and finish, a claim need not wait for the disk.
+
+
+def unclaimed(task_id: UUID, worker_id: UUID) -> TextClause:
+    """Return what kept a queued task from being claimed; no row: it is not queued."""
+    return _UNCLAIMED.bindparams(task_id=task_id, worker_id=worker_id)
+
+
+_UNCLAIMED = text(
+    """
+    SELECT agent, concurrency_key,
+           EXISTS (SELECT 1 FROM tasks s
+                   WHERE s.worker_id = :worker_id AND s.state = 'running' AND s.crashes > 0)
+           AS beside_suspect
+    FROM tasks WHERE task_id = :task_id AND state = 'queued' AND NOT held
+    """
+)
+
+
+def neighbours(task_id: UUID, worker_id: UUID) -> TextClause:
+    """Count what runs on a worker beside a task that must run alone.
+
+    Of two such tasks that started at the same instant the older one goes first.
+    """
+    return _BESIDE.bindparams(task_id=task_id, worker_id=worker_id)
+
+
+_BESIDE = text(
+    """
+    SELECT count(*) FROM tasks
+    WHERE worker_id = :worker_id AND state = 'running' AND task_id <> :task_id
+      AND (crashes = 0 OR task_id < :task_id)
+    """
+)
 
 
 def extend(claims: Sequence[tuple[UUID, UUID]]) -> Update:
@@ -279,14 +646,46 @@ def extend(claims: Sequence[tuple[UUID, UUID]]) -> Update:
     )
 
 
-def progress(task_id: UUID, claim_id: UUID, fraction: float, message: str) -> Update:
-    """Record how far a running task has come."""
-    return (
-        update(tasks)
-        .where(tasks.c.task_id == task_id, tasks.c.claim_id == claim_id, _RUNNING)
-        .values(progress={"fraction": fraction, "message": message})
-        .returning(tasks.c.cancel_requested_at)
+def progress(task_id: UUID, claim_id: UUID, fraction: float, message: str) -> TextClause:
+    """Record how far a running task has come, and tell it as an event."""
+    told = payload.dumps({"fraction": fraction, "message": message})
+    return _PROGRESS.bindparams(task_id=task_id, claim_id=claim_id, told=told)
+
+
+# Ids of events grow with time; the last three digits are the place within one commit.
+_EVENT_ID = "CAST(extract(epoch FROM clock_timestamp()) * 1000000 AS bigint) * 1000"
+
+_PROGRESS = text(
+    f"""
+    WITH current AS (
+        UPDATE tasks SET progress = CAST(:told AS jsonb)
+        WHERE task_id = :task_id AND claim_id = :claim_id AND state = 'running'
+        RETURNING task_id, cancel_requested_at
+    ), told AS (
+        INSERT INTO task_events (task_id, event_id, kind, data)
+        SELECT task_id, {_EVENT_ID}, 'progress', CAST(:told AS jsonb) FROM current
     )
+    SELECT cancel_requested_at FROM current
+    """  # noqa: S608 - the inserted text is a constant
+)
+
+
+def tell_lines(task_id: UUID, claim_id: UUID, lines: Sequence[Mapping[str, Any]]) -> TextClause:
+    """Store log lines of a running task, at most a thousand, as events."""
+    return _TELL_LINES.bindparams(
+        task_id=task_id, claim_id=claim_id, lines=payload.dumps(list(lines))
+    )
+
+
+_TELL_LINES = text(
+    f"""
+    INSERT INTO task_events (task_id, event_id, kind, data)
+    SELECT t.task_id, {_EVENT_ID} + line.place - 1, 'log', line.data
+    FROM tasks t,
+         jsonb_array_elements(CAST(:lines AS jsonb)) WITH ORDINALITY AS line(data, place)
+    WHERE t.task_id = :task_id AND t.claim_id = :claim_id AND t.state = 'running'
+    """  # noqa: S608 - the inserted text is a constant
+)
 
 
 def cancellation(task_id: UUID, claim_id: UUID) -> Select[Any]:
@@ -334,12 +733,13 @@ _FINISH = text(
             result = CAST(:result AS jsonb), error = CAST(:error AS jsonb),
             failures = failures + :failures, crashes = crashes + :crashes
         WHERE task_id = :task_id AND claim_id = :claim_id AND state = 'running'
-        RETURNING task_id, attempt, claim_id, worker, started_at
+        RETURNING task_id, agent, concurrency_key, attempt, claim_id, worker, started_at
+    ), recorded AS (
+        INSERT INTO attempts (task_id, attempt, claim_id, worker, started_at, outcome, error)
+        SELECT task_id, attempt, claim_id, worker, started_at, :outcome, CAST(:error AS jsonb)
+        FROM ended
     )
-    INSERT INTO attempts (task_id, attempt, claim_id, worker, started_at, outcome, error)
-    SELECT task_id, attempt, claim_id, worker, started_at, :outcome, CAST(:error AS jsonb)
-    FROM ended
-    RETURNING task_id
+    SELECT task_id, agent, concurrency_key FROM ended
     """
 )
 
@@ -353,7 +753,7 @@ def requeue(
     failures: int = 0,
     crashes: int = 0,
     error: Mapping[str, Any] | None = None,
-) -> Insert:
+) -> Select[Any]:
     """Put a running task back: retry, drain and rescue. One that was cancelled ends instead."""
     cancelled = tasks.c.cancel_requested_at.is_not(None)
     run_at = _NOW + _seconds(delay_s) if delay_s > 0 else _NOW
@@ -373,7 +773,7 @@ def requeue(
     )
 
 
-def wait_for_child(task_id: UUID, claim_id: UUID, child_id: UUID) -> Insert:
+def wait_for_child(task_id: UUID, claim_id: UUID, child_id: UUID) -> Select[Any]:
     """End this attempt; the task will end as its child does."""
     return _leave(
         task_id,
@@ -394,7 +794,7 @@ def _leave(
     outcome: Outcome,
     attempt_error: Mapping[str, Any] | None,
     **values: Any,
-) -> Insert:
+) -> Select[Any]:
     """Move a task out of running under its claim, and write the attempt's row with it."""
     left = (
         update(tasks)
@@ -402,6 +802,8 @@ def _leave(
         .values(lease_expires_at=None, **values)
         .returning(
             tasks.c.task_id,
+            tasks.c.agent,
+            tasks.c.concurrency_key,
             tasks.c.attempt,
             tasks.c.claim_id,
             tasks.c.worker,
@@ -409,7 +811,7 @@ def _leave(
         )
         .cte("ended")
     )
-    return (
+    recorded = (
         insert(attempts)
         .from_select(
             ["task_id", "attempt", "claim_id", "worker", "started_at", "outcome", "error"],
@@ -423,8 +825,9 @@ def _leave(
                 literal(attempt_error, JSONB(none_as_null=True)),
             ),
         )
-        .returning(attempts.c.task_id)
+        .cte("recorded")
     )
+    return select(left.c.task_id, left.c.agent, left.c.concurrency_key).add_cte(recorded)
 
 
 def charge(task_id: UUID) -> Select[Any]:
@@ -500,7 +903,7 @@ def advance_parent(child_id: UUID, parent_id: UUID) -> Update:
             child.c.finished_at.is_not(None),
         )
         .values(state=child.c.state, result=child.c.result, error=child.c.error, finished_at=_NOW)
-        .returning(tasks.c.task_id, tasks.c.agent, tasks.c.parent_id)
+        .returning(tasks.c.task_id, tasks.c.agent, tasks.c.parent_id, tasks.c.state)
     )
 
 
@@ -677,6 +1080,58 @@ def retire(kind: str, instance: str) -> Delete:
     return delete(services).where(services.c.kind == kind, services.c.instance == instance)
 
 
+# --- callbacks ------------------------------------------------------------------------------
+
+
+def take_callbacks(limit: int, lease_s: float) -> TextClause:
+    """Take callbacks that are due; one that is not settled within the lease is due again."""
+    return _TAKE_CALLBACKS.bindparams(limit=limit, lease_s=lease_s)
+
+
+_TAKE_CALLBACKS = text(
+    """
+    UPDATE tasks SET callback_tries = callback_tries + 1,
+                     callback_next_at = now() + make_interval(secs => :lease_s)
+    WHERE task_id IN (
+        SELECT task_id FROM tasks
+        WHERE callback_url IS NOT NULL AND finished_at IS NOT NULL AND callback_settled_at IS NULL
+          AND (callback_next_at IS NULL OR callback_next_at <= now())
+        ORDER BY finished_at LIMIT :limit FOR UPDATE SKIP LOCKED)
+    RETURNING task_id, callback_url, callback_tries
+    """
+)
+
+
+def settle_callback(
+    task_id: UUID, *, settled: bool, error: str | None, pause: timedelta
+) -> TextClause:
+    """Record that a callback was delivered or given up, or when it is tried again."""
+    return _SETTLE_CALLBACK.bindparams(task_id=task_id, settled=settled, error=error, pause=pause)
+
+
+_SETTLE_CALLBACK = text(
+    """
+    UPDATE tasks SET callback_settled_at = CASE WHEN :settled THEN now() END,
+                     callback_error = :error, callback_next_at = now() + :pause
+    WHERE task_id = :task_id
+    """
+)
+
+
+# --- queues ---------------------------------------------------------------------------------
+
+
+def set_queue(agent: str, *, paused: bool | None = None, draining: bool | None = None) -> Insert:
+    """Pause, drain or resume a queue; what is None stays."""
+    given = {"paused": paused, "draining": draining}
+    changed = {name: value for name, value in given.items() if value is not None}
+    return (
+        insert(queues)
+        .values(agent=agent, **changed)
+        .on_conflict_do_update(index_elements=[queues.c.agent], set_=changed)
+    )
+
+
 # --- schedules ------------------------------------------------------------------------------
 
 
@@ -731,7 +1186,7 @@ _TASK = """
     SELECT task_id, agent, action, state, priority, params, result, error, progress, attempt,
            max_attempts, parent_id, retry_of, scheduled_by, labels, idempotency_key, created_at,
            run_at, started_at, finished_at, deadline_at, cancel_requested_at, wait_seconds,
-           run_seconds, worker, child_id,
+           run_seconds, worker, child_id, time_limit_s, concurrency_key, callback_url,
            (SELECT jsonb_agg(jsonb_build_object(
                 'attempt', a.attempt, 'worker', a.worker, 'started_at', a.started_at,
                 'ended_at', a.ended_at, 'outcome', a.outcome, 'error', a.error)
@@ -754,6 +1209,23 @@ _RESULT = text("SELECT task_id, action, state, result, error FROM tasks WHERE ta
 def task(task_id: UUID) -> TextClause:
     """Return one task, with its ended attempts as a JSON array."""
     return _ONE_TASK.bindparams(task_id=task_id)
+
+
+def followed(task_id: UUID, after: int, limit: int) -> TextClause:
+    """Return one task as `task` does, with its stored events after one; all of one instant."""
+    return _FOLLOWED.bindparams(task_id=task_id, after=after, limit=limit)
+
+
+_FOLLOWED = text(
+    f"""
+    SELECT t.*, (
+        SELECT jsonb_agg(jsonb_build_array(e.event_id, e.kind, e.data) ORDER BY e.event_id)
+        FROM (SELECT event_id, kind, data FROM task_events
+              WHERE task_events.task_id = :task_id AND event_id > :after
+              ORDER BY event_id LIMIT :limit) AS e) AS told
+    FROM ({_TASK} WHERE task_id = :task_id) AS t
+    """  # noqa: S608 - the inserted text is a constant
+)
 
 
 def tasks_page(
@@ -820,6 +1292,7 @@ def queue_position(task_id: UUID, agent: str, priority: int) -> Select[Any]:
 _STATUS = """
     SELECT a.agent,
            coalesce(q.paused, false) AS paused,
+           coalesce(q.draining, false) AS draining,
            (SELECT count(*) FROM (
                 SELECT 1 FROM tasks t
                 WHERE t.agent = a.agent AND t.state = 'queued' AND t.next_ring_at IS NOT NULL
@@ -830,6 +1303,10 @@ _STATUS = """
                 ORDER BY t.task_id LIMIT 1) AS x) AS oldest_age_s,
            (SELECT count(*) FROM tasks t
             WHERE t.agent = a.agent AND t.state = 'running') AS running,
+           (SELECT count(*) FROM (
+                SELECT 1 FROM tasks t
+                WHERE t.agent = a.agent AND t.state = 'queued' AND t.held
+                LIMIT :bound) AS bounded) AS held,
            (SELECT jsonb_agg(jsonb_build_object(
                 'id', w.name, 'host', w.host, 'pid', w.pid,
                 'heartbeat_age_s', extract(epoch FROM now() - w.heartbeat_at),
@@ -882,16 +1359,64 @@ _PRUNE = """
           AND NOT EXISTS (SELECT 1 FROM tasks p
                           WHERE p.task_id = t.parent_id AND p.finished_at IS NULL)
         ORDER BY t.finished_at LIMIT :limit
-    ), gone AS (
+    ), gone_attempts AS (
         DELETE FROM attempts USING old WHERE attempts.task_id = old.task_id
+    ), gone_events AS (
+        DELETE FROM task_events USING old WHERE task_events.task_id = old.task_id
+    ), gone_keys AS (
+        DELETE FROM idempotency_keys k USING old WHERE k.task_id = old.task_id
+    ), gone AS (
+        DELETE FROM tasks USING old WHERE tasks.task_id = old.task_id
+        RETURNING tasks.agent, tasks.action, tasks.state
+    ), added AS (
+        INSERT INTO totals AS t (agent, action, state, tasks)
+        SELECT agent, action, state, count(*) FROM gone GROUP BY agent, action, state
+        ORDER BY agent, action, state
+        ON CONFLICT (agent, action, state) DO UPDATE SET tasks = t.tasks + excluded.tasks
     )
-    DELETE FROM tasks USING old WHERE tasks.task_id = old.task_id
+    SELECT count(*) FROM gone
 """
 
 
 def prune(*, after_s: float, scheduled: bool, limit: int) -> TextClause:
-    """Delete terminal tasks older than the retention, with their attempts."""
+    """Delete terminal tasks older than the retention, with all that is theirs; return how many.
+
+    They are added to the totals, so that counters never go back.
+    """
     return text(_PRUNE).bindparams(after_s=after_s, scheduled=scheduled, limit=limit)
+
+
+def prune_keys(limit: int) -> TextClause:
+    """Delete idempotency keys that have expired; return how many."""
+    return text(_PRUNE_KEYS).bindparams(days=KEY_DAYS, limit=limit)
+
+
+_PRUNE_KEYS = """
+    WITH old AS (
+        SELECT k.principal, k.agent, k.key FROM tasks t JOIN idempotency_keys k USING (task_id)
+        WHERE t.finished_at < now() - make_interval(days => :days) LIMIT :limit
+    ), gone AS (
+        DELETE FROM idempotency_keys k USING old
+        WHERE (k.principal, k.agent, k.key) = (old.principal, old.agent, old.key)
+        RETURNING 1
+    )
+    SELECT count(*) FROM gone
+"""
+
+
+def prune_concurrency_keys(limit: int) -> TextClause:
+    """Delete concurrency keys that no unfinished task has."""
+    return text(_PRUNE_CONCURRENCY_KEYS).bindparams(limit=limit)
+
+
+_PRUNE_CONCURRENCY_KEYS = """
+    DELETE FROM concurrency_keys WHERE (agent, key) IN (
+        SELECT k.agent, k.key FROM concurrency_keys k
+        WHERE coalesce(k.next_at, '-infinity') < now() AND NOT EXISTS (
+            SELECT 1 FROM tasks t
+            WHERE t.agent = k.agent AND t.concurrency_key = k.key AND t.finished_at IS NULL)
+        LIMIT :limit FOR UPDATE SKIP LOCKED)
+"""
 
 
 def prune_workers(after_s: float) -> Delete:

@@ -6,10 +6,11 @@ notice to ring.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from uuid import UUID
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints
@@ -26,6 +27,20 @@ Instant = Annotated[
     Field(ge=datetime(1970, 1, 1, tzinfo=UTC), lt=datetime(9000, 1, 1, tzinfo=UTC)),
 ]
 """An instant that both PostgreSQL and Python can hold in every time zone."""
+
+IdempotencyKey = Annotated[
+    str, StringConstraints(min_length=1, max_length=255, pattern=r"^[\x21-\x7e]+$")
+]
+"""1 to 255 visible ASCII characters."""
+
+ConcurrencyKey = Annotated[str, StringConstraints(min_length=1, max_length=255)]
+
+CallbackURL = Annotated[
+    str, StringConstraints(min_length=8, max_length=2000, pattern=r"^https?://[^\s/?#]+")
+]
+
+LOCAL = "local"
+"""The principal, who owns idempotency keys, while nobody has to say who they are."""
 
 DEFAULT_PRIORITY = 5
 
@@ -51,9 +66,29 @@ class Options(BaseModel):
         le=86_400,
         description="Seconds an attempt may run; default: the action's.",
     )
+    idempotency_key: IdempotencyKey | None = Field(
+        default=None, description="The same key with the same request is the same task."
+    )
+    concurrency_key: ConcurrencyKey | None = Field(
+        default=None,
+        description="Of tasks with an equal key only as many run at once as the action allows.",
+    )
+    on_conflict: Literal["enqueue", "reject", "join", "replace"] = Field(
+        default="enqueue",
+        description="While a task with the same concurrency key has not ended: wait for its turn, "
+        "be refused, stand for that task, or cancel it.",
+    )
+    callback_url: CallbackURL | None = Field(
+        default=None, description="Where the ended task is posted to, signed."
+    )
     labels: dict[Label, Label] = Field(
         default_factory=dict, max_length=20, description="Free words to find tasks by."
     )
+
+    @property
+    def resolves_conflict(self) -> bool:
+        """Whether unfinished tasks of the same concurrency key matter when it is accepted."""
+        return self.concurrency_key is not None and self.on_conflict != "enqueue"
 
 
 @dataclass(frozen=True)
@@ -72,6 +107,7 @@ class Submission:
     tick_at: datetime | None = None
     host: str | None = None
     deadline_in_s: float | None = None
+    principal: str = LOCAL
 
     def __post_init__(self) -> None:
         """Validate the parameters; raises `InvalidInput`."""
@@ -97,10 +133,15 @@ class Submission:
             "rerun_after_crash": self.action.rerun_after_crash,
             "source": self.source,
         }
+        if options.idempotency_key is not None:
+            row |= {"principal": self.principal, "fingerprint": self.fingerprint}
         optional = {
             "run_at": options.run_at,
             "deadline_at": options.deadline_at,
             "labels": options.labels or None,
+            "idempotency_key": options.idempotency_key,
+            "concurrency_key": options.concurrency_key,
+            "callback_url": options.callback_url,
             "parent_id": self.parent_id,
             "call_index": self.call_index,
             "retry_of": self.retry_of,
@@ -110,6 +151,16 @@ class Submission:
             "deadline_in_s": self.deadline_in_s,
         }
         return row | {name: value for name, value in optional.items() if value is not None}
+
+    @property
+    def fingerprint(self) -> str:
+        """What was asked for, as a hash: the same idempotency key must ask for the same."""
+        options = self.options
+        asked = [
+            *(self.action.full_name, dict(self.params), options.priority),
+            options.run_at.isoformat() if options.run_at else None,
+        ]
+        return hashlib.sha256(payload.dumps_sorted(asked)).hexdigest()
 
     @property
     def notice(self) -> Notice:

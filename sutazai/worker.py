@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from tenacity import (
     wait_random_exponential,
 )
 
-from sutazai import db, lifecycle, log, payload, redis, statements
+from sutazai import admission, db, lifecycle, log, payload, redis, statements
 from sutazai.agent import Action, Agent, Delegation, System, normalise
 from sutazai.bell import Bell
 from sutazai.errors import (
@@ -33,6 +34,7 @@ from sutazai.errors import (
     TaskFailed,
     UnknownAgent,
 )
+from sutazai.journal import Journal
 from sutazai.keeper import Identity, Reports
 from sutazai.state import Outcome, State
 from sutazai.submission import Options, Submission
@@ -40,6 +42,11 @@ from sutazai.submission import Options, Submission
 if TYPE_CHECKING:
     from sqlalchemy import Row
 
+
+_logger = log.get(__name__)
+
+ALONE_POLL_S = 0.25
+"""How often a task that must run alone looks whether it is."""
 
 RECORD_FOR_S = 120.0
 """How long an outcome is tried to be recorded while PostgreSQL is away."""
@@ -90,10 +97,9 @@ class Attempt:
         self.host = site.identity.host
         self.agents = site.agents
         self.system = site.system
-        self.log = log.get(f"sutazai.tasks.{action.agent}")
+        self.log = Journal(action.agent, self.task_id, claim_id)
         self._calls = 0
         self._writes: list[Any] = []
-        self._told_at = 0.0
         self._asked_at = time.monotonic()
         self._cancelled = False
 
@@ -116,22 +122,7 @@ class Attempt:
 
     def progress(self, fraction: float, message: str = "") -> None:
         """Store how far the work has come, at most once a second."""
-        fraction = min(max(float(fraction), 0.0), 1.0)
-        if time.monotonic() - self._told_at < 1.0 and fraction < 1.0:
-            return
-        self._told_at = time.monotonic()
-        with contextlib.suppress(DatabaseUnavailable), db.transaction() as connection:
-            row = connection.execute(
-                statements.progress(self.task_id, self.claim_id, fraction, message[:500])
-            ).first()
-            self._cancelled = row is None or row.cancel_requested_at is not None
-        redis.announce(
-            self._action.agent,
-            self.task_id,
-            kind="progress",
-            fraction=fraction,
-            message=message[:500],
-        )
+        self._cancelled = self.log.progress(fraction, message) or self._cancelled
 
     def enqueue(
         self, target: Action[Any, Any] | str, params: BaseModel | Mapping[str, Any]
@@ -145,15 +136,13 @@ class Attempt:
             action, params, Options(), "task", parent_id=self.task_id, call_index=self._calls
         )
         bell = self._site.bell
-        rung = lifecycle.will_ring(child, bell)
+        rung = admission.will_ring(child, bell)
         with db.transaction() as connection:
-            if not lifecycle.accept(connection, child, rung=rung):
-                # An earlier attempt of this task has made the same call.
-                found = connection.execute(statements.child_of(self.task_id, self._calls))
-                return UUID(str(found.scalar_one()))
-        if rung:
+            accepted = admission.accept(connection, child, rung=rung)
+        # Not fresh: an earlier attempt of this task has made the same call.
+        if accepted.fresh and rung:
             bell.ring([child.notice])
-        return child.task_id
+        return accepted.task_id
 
     def delegate(
         self, target: Action[Any, Any] | str, params: BaseModel | Mapping[str, Any]
@@ -185,11 +174,11 @@ class Attempt:
                 raise self._failed(RuntimeError(f"The action called exit: {stop}")) from stop
             # The worker drains: the attempt is put back, and nothing is charged.
             self._requeue(Outcome.RELEASED)
-            self.log.info("task released", ran_s=round(time.monotonic() - began, 3))
+            _logger.info("task released", ran_s=round(time.monotonic() - began, 3))
             raise
         except Exception as error:
             raise self._failed(error) from error
-        self.log.info("task succeeded", ran_s=round(time.monotonic() - began, 4))
+        _logger.info("task succeeded", ran_s=round(time.monotonic() - began, 4))
         return payload.dumps(stored)[:200]
 
     def _delegated(self, delegation: Delegation) -> str:
@@ -200,7 +189,7 @@ class Attempt:
                 )
 
         self._record(record)
-        self.log.info("task delegated", child=str(delegation.task_id))
+        _logger.info("task delegated", child=str(delegation.task_id))
         raise Requeued
 
     def _failed(self, error: Exception) -> Exception:
@@ -211,17 +200,17 @@ class Attempt:
         if self.cancelled:
             cancelled = lifecycle.error_json(TaskCancelled())
             self._end(State.CANCELLED, Outcome.CANCELLED, error=cancelled)
-            self.log.info("task cancelled")
+            _logger.info("task cancelled")
             return TaskCancelled()
         may_retry = isinstance(error, self._action.retry_on) and not isinstance(error, InvalidInput)
         if may_retry and self._row.failures + 1 < self._row.max_attempts:
             delay_s = lifecycle.backoff_s(self._row.failures + 1)
             self._requeue(Outcome.FAILED, delay_s=delay_s, failures=1, error=described)
-            self.log.warning("task will be retried", in_s=round(delay_s, 2), **described)
+            _logger.warning("task will be retried", in_s=round(delay_s, 2), **described)
             return Requeued()
         self._end(State.FAILED, Outcome.FAILED, error=described)
         expected = isinstance(error, TaskFailed | InvalidInput)
-        self.log.error("task failed", exc_info=None if expected else error, **described)
+        _logger.error("task failed", exc_info=None if expected else error, **described)
         return TaskFailed(described["message"])
 
     def _end(self, state: State, outcome: Outcome, **values: Any) -> None:
@@ -229,7 +218,7 @@ class Attempt:
         parent_id = self._row.parent_id
 
         def record() -> bool:
-            if not writes and parent_id is None:
+            if not writes and parent_id is None and self._row.concurrency_key is None:
                 # Most tasks: one statement, so one round trip.
                 finish = statements.finish(self.task_id, self.claim_id, state, outcome, **values)
                 return bool(db.run(finish))
@@ -265,6 +254,10 @@ class Attempt:
         self._record(record)
 
     def _record(self, record: Callable[[], bool]) -> None:
+        self.log.flush()
+        self._record_outcome(record)
+
+    def _record_outcome(self, record: Callable[[], bool]) -> None:
         """Run a recording transaction, again while PostgreSQL is away; raises `LeaseLost`.
 
         A commit that raises is uncertain: it may have happened. Repeating is safe, because the
@@ -284,7 +277,7 @@ class Attempt:
         with db.transaction() as connection:
             known = connection.execute(statements.outcome_of(self.task_id, self.claim_id)).first()
         if known is None or not uncertain:
-            self.log.warning("outcome refused: the attempt had lost its lease")
+            _logger.warning("outcome refused: the attempt had lost its lease")
             raise LeaseLost
 
     def _resolve(self, target: Action[Any, Any] | str) -> Action[Any, Any]:
@@ -312,20 +305,11 @@ def perform(site: Site, action: Action[Any, Any], task_id: UUID) -> str:
     Raises `NotClaimed` when there is nothing to do here, and what `Attempt.run` raises.
     """
     claim_id = uuid4()
-    identity = site.identity
-    claimed = db.run(
-        statements.claim(
-            task_id,
-            agent=action.agent,
-            claim_id=claim_id,
-            worker=identity.name,
-            worker_id=identity.worker_id,
-            host=identity.host,
-        )
-    )
-    if not claimed:
-        raise NotClaimed
-    [row] = claimed
+    row = _claim(site, action, task_id, claim_id)
+    if row.crashes:
+        # It may take its worker down again: then nothing else must be to blame, or harmed.
+        site.reports.tell(began=True, task_id=task_id, claim_id=claim_id, limit_s=math.inf)
+        _wait_alone(site, task_id)
     site.reports.tell(began=True, task_id=task_id, claim_id=claim_id, limit_s=row.time_limit_s)
     try:
         with log.fields(
@@ -334,3 +318,30 @@ def perform(site: Site, action: Action[Any, Any], task_id: UUID) -> str:
             return Attempt(site, action, claim_id, row).run()
     finally:
         site.reports.tell(began=False, task_id=task_id, claim_id=claim_id)
+
+
+def _claim(site: Site, action: Action[Any, Any], task_id: UUID, claim_id: UUID) -> Row[Any]:
+    """Start an attempt; raises `NotClaimed`."""
+    identity = site.identity
+    claimant: dict[str, Any] = {
+        "agent": action.agent,
+        "claim_id": claim_id,
+        "worker": identity.name,
+        "worker_id": identity.worker_id,
+        "host": identity.host,
+    }
+    row: Row[Any] | None = next(iter(db.run(statements.claim(task_id, **claimant))), None)
+    if row is None:
+        limits = lifecycle.KeyLimits(action.key_slots, action.key_rate_per_s)
+        with db.transaction() as connection:
+            row = lifecycle.claim(connection, task_id, limits, **claimant)
+    if row is None:
+        raise NotClaimed
+    return row
+
+
+def _wait_alone(site: Site, task_id: UUID) -> None:
+    """Wait until nothing else runs on this worker, which starts nothing new meanwhile."""
+    others = statements.neighbours(task_id, site.identity.worker_id)
+    while db.run(others)[0].count:
+        time.sleep(ALONE_POLL_S)

@@ -15,6 +15,8 @@ def upgrade() -> None:
         "concurrency_keys",
         sa.Column("agent", sa.Text(), nullable=False),
         sa.Column("key", sa.Text(), nullable=False),
+        sa.Column("slots", sa.Integer(), server_default="1", nullable=False),
+        sa.Column("rate_per_s", sa.Double(), nullable=True),
         sa.Column("next_at", sa.DateTime(timezone=True), nullable=True),
         sa.PrimaryKeyConstraint("agent", "key", name=op.f("concurrency_keys_pkey")),
     )
@@ -81,6 +83,18 @@ def upgrade() -> None:
         ["agent", "concurrency_key"],
         postgresql_where=sa.text("concurrency_key IS NOT NULL AND finished_at IS NULL"),
     )
+    op.create_index(
+        "tasks_suspect",
+        "tasks",
+        ["worker_id"],
+        postgresql_where=sa.text("state = 'running' AND crashes > 0"),
+    )
+    op.create_index(
+        "tasks_retry_of",
+        "tasks",
+        ["retry_of"],
+        postgresql_where=sa.text("retry_of IS NOT NULL"),
+    )
     op.drop_index("tasks_not_due", "tasks")
     op.create_index(
         "tasks_not_due",
@@ -91,6 +105,8 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
+    op.drop_index("tasks_retry_of", "tasks")
+    op.drop_index("tasks_suspect", "tasks")
     op.drop_index("tasks_not_due", "tasks")
     op.create_index(
         "tasks_not_due",

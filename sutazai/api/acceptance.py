@@ -9,8 +9,9 @@ from uuid import UUID
 from starlette.requests import Request
 from starlette.responses import Response
 
-from sutazai import lifecycle, record, statements
-from sutazai.api import store
+from sutazai import admission, record, statements
+from sutazai.admission import Accepted
+from sutazai.api import signals, store
 from sutazai.api.answer import json_answer
 from sutazai.api.front import Front
 from sutazai.errors import InvalidInput
@@ -19,32 +20,65 @@ from sutazai.submission import Submission
 
 if TYPE_CHECKING:
     from sqlalchemy import Row
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+BATCH_WITHIN_S = 30.0
+"""For as many tasks as one request may hand over."""
 
 
-async def accept(front: Front, submission: Submission) -> None:
-    """Insert a task and ring; raises `DatabaseUnavailable`.
+async def accept(front: Front, submission: Submission) -> Accepted:
+    """Insert a task and ring, or find the one that it repeats; raises as `admission.accept` does.
 
-    The insert may be repeated: the same id is inserted once.
+    It may be repeated: the same id is inserted once.
     """
-    rung = lifecycle.will_ring(submission, front.bell)
-    await store.rows(statements.accept(submission.row, rung=rung))
-    if rung and front.bell is not None:
+    rung = admission.will_ring(submission, front.bell)
+    limit = front.agents.get(submission.action.agent, front.agent).queue_limit
+    options = submission.options
+    plain = options.idempotency_key is None and not options.resolves_conflict and limit is None
+    # Most tasks: one statement, so one round trip. When it inserts nothing there is a reason.
+    if plain and await store.rows(statements.accept(submission.row, rung=rung)):
+        accepted = Accepted(submission.task_id, fresh=True)
+    else:
+
+        async def admit(connection: AsyncConnection) -> Accepted:
+            return await connection.run_sync(admission.accept, submission, rung=rung, limit=limit)
+
+        accepted = await store.run(admit, again=True)
+    if accepted.fresh and rung and front.bell is not None:
         front.bell.ring([submission.notice])
+    await signals.tell_ended(front.waiting, accepted.replaced)
+    return accepted
 
 
-async def accepted(
+async def accept_many(front: Front, submissions: list[Submission]) -> list[UUID]:
+    """Insert many tasks, all or none; the relay rings them. Raises as `admission.accept` does."""
+
+    async def admit(connection: AsyncConnection) -> list[UUID]:
+        return await connection.run_sync(
+            admission.accept_many, submissions, limit=front.agent.queue_limit
+        )
+
+    return await store.run(admit, within_s=BATCH_WITHIN_S)
+
+
+async def answer_accepted(
     front: Front,
     submission: Submission,
-    state: str = State.QUEUED,
+    accepted: Accepted,
+    state: State | None = None,
     headers: Mapping[str, str] | None = None,
 ) -> Response:
     """Return the answer for a task that has not ended: where to find it."""
-    task_id = str(submission.task_id)
+    task_id = str(accepted.task_id)
     links = record.links(task_id)
+    if state is None and not accepted.fresh:
+        row = await store.first(statements.result(accepted.task_id))
+        state = State(row.state) if row else None
+    state = state or State.QUEUED
     position: int | None = 0
-    if state == State.QUEUED:
+    if state is State.QUEUED:
         position = await front.positions.estimate(
-            submission.task_id, submission.action.agent, submission.options.priority
+            accepted.task_id, submission.action.agent, submission.options.priority
         )
     content = {
         "status": "accepted",
@@ -53,7 +87,14 @@ async def accepted(
         "queue_position": position,
         "links": links,
     }
-    return json_answer(content, 202, {"Location": links["self"], **(headers or {})})
+    more = {**replayed(submission, accepted), **(headers or {})}
+    return json_answer(content, 202, {"Location": links["self"], **more})
+
+
+def replayed(submission: Submission, accepted: Accepted) -> dict[str, str]:
+    """Return the header that tells a repeated request from the first one."""
+    again = not accepted.fresh and submission.options.idempotency_key is not None
+    return {"Idempotent-Replayed": "true"} if again else {}
 
 
 async def find(task_id: UUID) -> Row[Any] | None:
@@ -61,10 +102,15 @@ async def find(task_id: UUID) -> Row[Any] | None:
     return await store.first(statements.task(task_id))
 
 
-def refuse_key(request: Request) -> None:
-    """Refuse an idempotency key: to ignore it would promise what is not kept."""
-    if "idempotency-key" in request.headers:
+def read_key(request: Request, alias: Any, field: str) -> Any:
+    """Return the idempotency key of a request: its header, or its alias in the body.
+
+    Raises `InvalidInput` when both are given and differ; the form is checked by `Options`.
+    """
+    header = request.headers.get("idempotency-key")
+    if header is not None and alias is not None and header != alias:
         raise InvalidInput(
-            "Idempotency-Key is not supported yet; leave the header out.",
-            details=[{"field": "Idempotency-Key", "message": "It is not supported yet."}],
+            f"The header Idempotency-Key and {field} differ; give one of them.",
+            details=[{"field": field, "message": "It differs from the header Idempotency-Key."}],
         )
+    return alias if header is None else header

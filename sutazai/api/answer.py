@@ -45,7 +45,7 @@ def error_answer(
 
 def refusal(error: SutazaiError) -> Response:
     """Return what an error of ours looks like from outside."""
-    headers = {"Retry-After": str(RETRY_AFTER_S)} if error.status == 503 else None
+    headers = {"Retry-After": str(RETRY_AFTER_S)} if error.status in (429, 503) else None
     return error_answer(
         error.status, error.code, str(error), details=error.details, headers=headers
     )

@@ -13,7 +13,18 @@ from starlette.types import Scope
 
 from sutazai import errors
 from sutazai.agent import Agent
-from sutazai.api import actions, docs, monitoring, process, tasks
+from sutazai.api import (
+    actions,
+    batch,
+    docs,
+    events,
+    monitoring,
+    openapi,
+    process,
+    queue,
+    retry,
+    tasks,
+)
 from sutazai.api.answer import error_answer, refusal
 from sutazai.api.front import Front
 from sutazai.api.health import Health
@@ -31,8 +42,17 @@ ROUTES: tuple[tuple[str, str, Endpoint], ...] = (
     ("POST", "/process", process.process),
     ("POST", "/tasks", tasks.create_task),
     ("GET", "/tasks", tasks.list_tasks),
+    # Before /tasks/{task_id}, which would take them for ids.
+    ("POST", "/tasks/batch", batch.create_tasks),
+    ("POST", "/tasks/retry", retry.retry_tasks),
     ("GET", "/tasks/{task_id}", tasks.show_task),
+    ("GET", "/tasks/{task_id}/events", events.stream_events),
     ("POST", "/tasks/{task_id}/cancel", tasks.cancel_task),
+    ("POST", "/tasks/{task_id}/retry", retry.retry_task),
+    ("GET", "/queue", queue.show_queue),
+    ("POST", "/queue/pause", queue.pause_queue),
+    ("POST", "/queue/resume", queue.resume_queue),
+    ("POST", "/queue/drain", queue.drain_queue),
     ("GET", "/actions", actions.list_actions),
     ("GET", "/health", monitoring.show_health),
     ("GET", "/health/live", monitoring.show_live),
@@ -42,7 +62,7 @@ ROUTES: tuple[tuple[str, str, Endpoint], ...] = (
     ("GET", "/docs/{name}", docs.show_file),
     ("GET", "/openapi.json", docs.show_openapi),
 )
-"""Every route; docs.py describes them."""
+"""Every route; openapi.py describes them."""
 
 
 def create_app(
@@ -73,7 +93,7 @@ def create_app(
     app.add_exception_handler(SutazaiError, _refuse)
     app.add_exception_handler(HTTPException, _refuse_http)
     app.router.routes.extend(_routes())
-    document = docs.describe(agent)
+    document = openapi.describe(agent)
     app.openapi = lambda: document  # type: ignore[method-assign]
     return app
 

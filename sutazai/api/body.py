@@ -27,34 +27,41 @@ async def read_object(request: Request) -> dict[str, Any]:
 
     Raises `UnsupportedMediaType`, `PayloadTooLarge`, `MalformedJSON` and `InvalidInput`.
     """
-    content_type = request.headers.get("content-type")
-    if content_type is not None:
-        _check_content_type(content_type)
-    if request.headers.get("content-encoding", "identity").lower() != "identity":
-        raise UnsupportedMediaType("Send the body without Content-Encoding.")
-    raw = await _read(request)
-    if content_type is None:
-        if not raw:
-            raise MalformedJSON("The body is empty; send a JSON object.")
-        raise UnsupportedMediaType("Send the header Content-Type: application/json.")
-    body = payload.loads(raw)
+    body = await read_json(request)
     if not isinstance(body, dict):
         raise InvalidInput("The body must be a JSON object, as {…}.")
     return body
 
 
-async def _read(request: Request) -> bytes:
+async def read_json(request: Request, most_bytes: int = MAX_BODY_BYTES) -> Any:
+    """Return the JSON value of a request's body; raises as `read_object` does."""
+    content_type = request.headers.get("content-type")
+    if content_type is not None:
+        _check_content_type(content_type)
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise UnsupportedMediaType("Send the body without Content-Encoding.")
+    raw = await _read(request, most_bytes)
+    if content_type is None:
+        if not raw:
+            raise MalformedJSON("The body is empty; send a JSON object.")
+        raise UnsupportedMediaType("Send the header Content-Type: application/json.")
+    if len(raw) > MAX_BODY_BYTES:
+        return await asyncio.to_thread(payload.loads, raw)  # other clients must not wait for it
+    return payload.loads(raw)
+
+
+async def _read(request: Request, most_bytes: int) -> bytes:
     announced = request.headers.get("content-length", "")
-    if announced.isdecimal() and int(announced[:20]) > MAX_BODY_BYTES:
-        raise _too_large()
+    if announced.isdecimal() and int(announced[:20]) > most_bytes:
+        raise _too_large(most_bytes)
     chunks: list[bytes] = []
     size = 0
     try:
         async with asyncio.timeout(READ_WITHIN_S):
             async for chunk in request.stream():
                 size += len(chunk)
-                if size > MAX_BODY_BYTES:
-                    raise _too_large()
+                if size > most_bytes:
+                    raise _too_large(most_bytes)
                 chunks.append(chunk)
     except TimeoutError:
         raise HTTPException(
@@ -63,8 +70,8 @@ async def _read(request: Request) -> bytes:
     return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
 
-def _too_large() -> PayloadTooLarge:
-    return PayloadTooLarge(f"The body is larger than {MAX_BODY_BYTES} bytes.")
+def _too_large(most_bytes: int) -> PayloadTooLarge:
+    return PayloadTooLarge(f"The body is larger than {most_bytes} bytes.")
 
 
 def _check_content_type(text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
+from uuid import UUID
 
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
@@ -10,12 +11,12 @@ from starlette.responses import Response
 
 from sutazai import errors, statements
 from sutazai.api import store
-from sutazai.api.acceptance import accept, accepted, refuse_key
+from sutazai.api.acceptance import accept, answer_accepted, read_key, replayed
 from sutazai.api.answer import error_answer, json_answer
-from sutazai.api.body import parse_query, read_object, require_text
+from sutazai.api.body import parse_options, parse_query, read_object, require_text
 from sutazai.api.front import Front, front_of
 from sutazai.api.prefer import Preference, read_preference
-from sutazai.errors import DatabaseUnavailable, InvalidInput
+from sutazai.errors import DatabaseUnavailable
 from sutazai.state import State
 from sutazai.submission import DEFAULT_PRIORITY, Options, Submission
 
@@ -51,23 +52,19 @@ class ProcessQuery(BaseModel):
 async def process(request: Request) -> Response:
     """Perform an action and answer with its result, or with 202 when that takes too long."""
     front = front_of(request)
-    refuse_key(request)
     query = parse_query(ProcessQuery, request) if request.url.query else ProcessQuery()
-    submission = _submission(front, await read_object(request), query)
+    body = await read_object(request)
+    key = read_key(request, body.pop("request_id", None), "request_id")
+    submission = _submission(front, body, query, key)
     preference = read_preference(request.headers.getlist("prefer"))
     if not preference.wait_s:
-        await accept(front, submission)
-        return await accepted(front, submission, headers=preference.headers)
+        accepted = await accept(front, submission)
+        return await answer_accepted(front, submission, accepted, headers=preference.headers)
     return await _wait(front, submission, preference)
 
 
-def _submission(front: Front, body: dict[str, Any], query: ProcessQuery) -> Submission:
+def _submission(front: Front, body: dict[str, Any], query: ProcessQuery, key: Any) -> Submission:
     agent = front.agent
-    if "request_id" in body:
-        raise InvalidInput(
-            "request_id is reserved for idempotency, which is not supported yet; leave it out.",
-            details=[{"field": "request_id", "message": "It is not supported yet."}],
-        )
     if "action" not in body and agent.default_action:
         name = agent.default_action
     else:
@@ -77,22 +74,41 @@ def _submission(front: Front, body: dict[str, Any], query: ProcessQuery) -> Subm
         )
     action = agent.get(name)
     params = {field: value for field, value in body.items() if field != "action"}
-    return Submission(action, params, query.options, deadline_in_s=query.deadline_s)
+    options = query.options
+    if key is not None:
+        known_options = options.model_dump(exclude_unset=True)
+        options = parse_options(Options, {**known_options, "idempotency_key": key}, "")
+    return Submission(action, params, options, deadline_in_s=query.deadline_s)
 
 
 async def _wait(front: Front, submission: Submission, preference: Preference) -> Response:
-    with front.waiting.watch(submission.task_id) as ended:
-        await accept(front, submission)
-        await front.waiting.until(ended, preference.wait_s)
+    waiting = front.waiting
+    with waiting.watch(submission.task_id) as ended:
+        accepted = await accept(front, submission)
+        if accepted.fresh:
+            await waiting.until(ended, preference.wait_s)
+    if not accepted.fresh:
+        with waiting.watch(accepted.task_id) as ended:
+            if not await _has_ended(accepted.task_id):
+                await waiting.until(ended, preference.wait_s)
     try:
-        row = await store.first(statements.result(submission.task_id))
+        row = await store.first(statements.result(accepted.task_id))
     except DatabaseUnavailable:
         # It was accepted: an error without its id would make the client send it again.
         row = None
+    headers = {**preference.headers, **replayed(submission, accepted)}
     if row is None or not State(row.state).is_terminal:
         state = State.QUEUED if row is None else State(row.state)
-        return await accepted(front, submission, state, preference.headers)
-    return _outcome(row, preference.headers)
+        return await answer_accepted(front, submission, accepted, state, headers)
+    return _outcome(row, headers)
+
+
+async def _has_ended(task_id: UUID) -> bool:
+    try:
+        row = await store.first(statements.result(task_id))
+    except DatabaseUnavailable:
+        return False
+    return row is not None and State(row.state).is_terminal
 
 
 def _outcome(row: Row[Any], headers: dict[str, str]) -> Response:

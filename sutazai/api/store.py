@@ -30,18 +30,7 @@ async def rows(statement: Executable, *, within_s: float = WITHIN_S) -> Sequence
 
     Doing it twice must be harmless: it is tried again when it fails quickly.
     """
-
-    async def read() -> Sequence[Row[Any]]:
-        began = time.monotonic()
-        try:
-            return await db.async_run(statement)
-        except DatabaseUnavailable:
-            # A pooled connection may be from before a restart of PostgreSQL; the next one is new.
-            if time.monotonic() - began > _QUICKLY_S:
-                raise
-        return await db.async_run(statement)
-
-    return await _bounded(read(), within_s)
+    return await _bounded(_again(lambda: db.async_run(statement)), within_s)
 
 
 async def first(statement: Executable) -> Row[Any] | None:
@@ -49,14 +38,28 @@ async def first(statement: Executable) -> Row[Any] | None:
     return next(iter(await rows(statement)), None)
 
 
-async def run(work: Work[T], *, within_s: float = WITHIN_S) -> T:
-    """Run work in one transaction; raises `DatabaseUnavailable` when that takes too long."""
+async def run(work: Work[T], *, within_s: float = WITHIN_S, again: bool = False) -> T:
+    """Run work in one transaction; raises `DatabaseUnavailable` when that takes too long.
+
+    again: doing it twice is harmless, so it is tried again when it fails quickly.
+    """
 
     async def transact() -> T:
         async with db.async_transaction() as connection:
             return await work(connection)
 
-    return await _bounded(transact(), within_s)
+    return await _bounded(_again(transact) if again else transact(), within_s)
+
+
+async def _again(work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    began = time.monotonic()
+    try:
+        return await work()
+    except DatabaseUnavailable:
+        # A pooled connection may be from before a restart of PostgreSQL; the next one is new.
+        if time.monotonic() - began > _QUICKLY_S:
+            raise
+    return await work()
 
 
 async def _bounded(work: Coroutine[Any, Any, T], within_s: float) -> T:

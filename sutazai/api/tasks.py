@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 from uuid import UUID
@@ -11,14 +10,15 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from sutazai import lifecycle, record, redis, statements
+from sutazai import callbacks, lifecycle, record, statements
 from sutazai.agent import normalise
 from sutazai.api import store
-from sutazai.api.acceptance import accept, accepted, find, refuse_key
+from sutazai.api.acceptance import accept, answer_accepted, find, read_key
 from sutazai.api.answer import json_answer
 from sutazai.api.body import parse_options, parse_query, read_object, require_text
 from sutazai.api.front import Front, front_of
 from sutazai.api.prefer import MAX_WAIT_S
+from sutazai.api.signals import tell_ended
 from sutazai.errors import Conflict, InvalidInput, TaskNotFound
 from sutazai.lifecycle import Ended
 from sutazai.state import State
@@ -68,13 +68,14 @@ class WaitQuery(BaseModel):
 async def create_task(request: Request) -> Response:
     """Accept a task and answer at once."""
     front = front_of(request)
-    refuse_key(request)
-    submission = _submission(front, await read_object(request))
-    await accept(front, submission)
-    return await accepted(front, submission)
+    submission = read_submission(front, await read_object(request), request)
+    return await answer_accepted(front, submission, await accept(front, submission))
 
 
-def _submission(front: Front, body: dict[str, Any]) -> Submission:
+def read_submission(
+    front: Front, body: dict[str, Any], request: Request | None = None
+) -> Submission:
+    """Return what a body of action, params and options asks for; raises `InvalidInput`."""
     if unknown := [name for name in body if name not in _FIELDS]:
         raise InvalidInput(
             f"{unknown[0]}: the body has the fields action, params and options only.",
@@ -83,12 +84,16 @@ def _submission(front: Front, body: dict[str, Any]) -> Submission:
     known = ", ".join(sorted(front.agent.actions))
     name = require_text(body, "action", f"Name the action in the field action; one of: {known}.")
     action = front.agent.get(name)
-    params, options = _object(body, "params"), _object(body, "options")
+    params, options = read_member(body, "params"), read_member(body, "options")
+    if request is not None:
+        key = read_key(request, options.get("idempotency_key"), "options.idempotency_key")
+        options |= {} if key is None else {"idempotency_key": key}
     chosen = parse_options(Options, options, "options") if options else Options()
-    return Submission(action, params, chosen)
+    return Submission(action, params, callbacks.checked(chosen))
 
 
-def _object(body: dict[str, Any], field: str) -> dict[str, Any]:
+def read_member(body: dict[str, Any], field: str) -> dict[str, Any]:
+    """Return a field of a body that is an object, or {} where it is left out."""
     value = body.get(field, {})
     if isinstance(value, dict):
         return value
@@ -137,24 +142,20 @@ async def _page(query: TasksQuery, agent: str | None) -> Sequence[Row[Any]]:
 async def show_task(request: Request) -> Response:
     """Return a task of any agent, at once or when it has ended."""
     wait_s = parse_query(WaitQuery, request).wait
-    task_id = _task_id(request)
-    row = await _found(task_id)
+    task_id = read_task_id(request)
+    row = await find_or_refuse(task_id)
     if wait_s and not State(row.state).is_terminal:
         waiting = front_of(request).waiting
         with waiting.watch(task_id) as ended:
             await waiting.until(ended, wait_s)
-        row = await _found(task_id)
+        row = await find_or_refuse(task_id)
     return json_answer(record.task_json(row))
 
 
 async def cancel_task(request: Request) -> Response:
     """Cancel a task: 200 when done, 202 while it is being carried out, 409 when it had ended."""
-    cancelled = await _cancel(_task_id(request))
-    waiting = front_of(request).waiting
-    for gone in cancelled.ended:
-        waiting.wake(gone.task_id)
-    if cancelled.ended:
-        await asyncio.to_thread(_announce, cancelled.ended)
+    cancelled = await _cancel(read_task_id(request))
+    await tell_ended(front_of(request).waiting, cancelled.ended)
     state = State(cancelled.row.state)
     if state.is_terminal and not cancelled.ended:
         raise Conflict(f"The task has already ended: it is {state.value}.")
@@ -177,19 +178,16 @@ async def _cancel(task_id: UUID) -> _Cancelled:
     return await store.run(change)
 
 
-def _announce(ended: Sequence[Ended]) -> None:
-    for gone in ended:
-        redis.announce(gone.agent, gone.task_id, kind="state", state=State.CANCELLED.value)
-
-
-async def _found(task_id: UUID) -> Row[Any]:
+async def find_or_refuse(task_id: UUID) -> Row[Any]:
+    """Return a task's row; raises `TaskNotFound`."""
     row = await find(task_id)
     if row is None:
         raise TaskNotFound
     return row
 
 
-def _task_id(request: Request) -> UUID:
+def read_task_id(request: Request) -> UUID:
+    """Return the id in the address; raises `TaskNotFound` when it is none."""
     text = request.path_params["task_id"]
     try:
         # UUID() also takes braces and urn: forms, which no link of ours has.

@@ -47,6 +47,7 @@ class Waiting:
 
     def __init__(self) -> None:
         self._waiters: dict[UUID, set[asyncio.Future[None]]] = {}
+        self._followers: dict[UUID, set[asyncio.Event]] = {}
         self._poller: asyncio.Task[None] | None = None
         self._listener: asyncio.Task[None] | None = None
         self._signalled = False
@@ -78,6 +79,26 @@ class Waiting:
                     del self._waiters[task_id]
             self._idle_since = time.monotonic()
 
+    @contextmanager
+    def follow(self, task_id: UUID) -> Iterator[asyncio.Event]:
+        """Give an event that is set whenever a signal of the task comes; signals may be lost."""
+        news = asyncio.Event()
+        self._followers.setdefault(task_id, set()).add(news)
+        self._start()
+        try:
+            yield news
+        finally:
+            followers = self._followers[task_id]
+            followers.discard(news)
+            if not followers:
+                del self._followers[task_id]
+            self._idle_since = time.monotonic()
+
+    @property
+    def closed(self) -> bool:
+        """Whether the process stops."""
+        return self._closed
+
     async def until(self, ended: asyncio.Future[None], timeout_s: float) -> None:
         """Wait until the future is done, the time is over, or the process stops."""
         if self._closed:
@@ -91,11 +112,16 @@ class Waiting:
         for ended in self._waiters.get(task_id, ()):
             if not ended.done():
                 ended.set_result(None)
+        self._tell(task_id)
+
+    def _tell(self, task_id: UUID) -> None:
+        for news in self._followers.get(task_id, ()):
+            news.set()
 
     def release(self) -> None:
         """Let everybody go on: the process stops."""
         self._closed = True
-        for task_id in list(self._waiters):
+        for task_id in [*self._waiters, *self._followers]:
             self.wake(task_id)
 
     async def close(self) -> None:
@@ -171,15 +197,20 @@ class Waiting:
                 await signals.ping()
 
     def _take(self, message: dict[str, Any]) -> None:
-        if message["type"] != "pmessage" or '"kind":"state"' not in message["data"]:
+        if message["type"] != "pmessage":
             return
-        self._signalled = True
-        with contextlib.suppress(ValueError, TypeError, KeyError):
-            self.wake(UUID(orjson.loads(message["data"])["task_id"]))
+        ended = '"kind":"state"' in message["data"]
+        self._signalled = self._signalled or ended
+        if ended or self._followers:
+            with contextlib.suppress(ValueError, TypeError, KeyError):
+                task_id = UUID(orjson.loads(message["data"])["task_id"])
+                self.wake(task_id) if ended else self._tell(task_id)
 
     def _is_wanted(self) -> bool:
         idle_s = time.monotonic() - self._idle_since
-        return not self._closed and (bool(self._waiters) or idle_s < LINGER_S)
+        return not self._closed and (
+            bool(self._waiters) or bool(self._followers) or idle_s < LINGER_S
+        )
 
 
 @asynccontextmanager

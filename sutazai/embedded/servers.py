@@ -203,12 +203,18 @@ def _valkey_server() -> Path:
 
 
 def _credentials(layout: Layout) -> dict[str, str]:
-    """Return the passwords of this home, made at the first call."""
-    if not layout.credentials.exists():
-        fresh = {name: secrets.token_urlsafe(24) for name in ("superuser", "database", "broker")}
-        _write(layout.credentials, json.dumps(fresh, indent=1) + "\n")
-    passwords: dict[str, str] = json.loads(layout.credentials.read_text())
-    return passwords
+    """Return the secrets of this home; those that are missing are made."""
+    known: dict[str, str] = {}
+    if layout.credentials.exists():
+        known = json.loads(layout.credentials.read_text())
+    missing = [name for name in _SECRETS if name not in known]
+    if missing:
+        known |= {name: secrets.token_urlsafe(24) for name in missing}
+        _write(layout.credentials, json.dumps(known, indent=1) + "\n")
+    return known
+
+
+_SECRETS = ("superuser", "database", "broker", "callbacks")
 
 
 def _environment(
@@ -220,6 +226,7 @@ def _environment(
         "SUTAZAI_DATABASE_URL": f"postgresql://{database}",
         "SUTAZAI_BROKER_URL": broker,
         "SUTAZAI_REDIS_URL": broker,
+        "SUTAZAI_CALLBACK_SECRET": credentials["callbacks"],
     }
 
 

@@ -6,17 +6,15 @@ import asyncio
 import http.client
 import json
 import os
-import queue
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID, uuid4
@@ -26,192 +24,25 @@ import psutil
 import psycopg
 import pytest
 import redis as redis_library
-import uvloop
-from pydantic import BaseModel
 from sqlalchemy import text
 
-from sutazai import db, payload, redis, statements, worker
-from sutazai.agent import Agent, Context, NoParams
-from sutazai.api import Waiting, create_app, protocol
-from sutazai.api.server import FrontServer, configure
-from sutazai.bell import Notice
+from sutazai import db, payload, redis, statements
+from sutazai.api import protocol
 from sutazai.client import AgentClient, AsyncAgentClient
 from sutazai.errors import (
     InvalidInput,
-    LeaseLost,
-    TaskCancelled,
     TaskFailed,
     TaskNotFound,
     TimeLimitExceeded,
     Unavailable,
     UnknownAction,
 )
-from sutazai.keeper import Identity, Reports
-
-agent = Agent("test-front", port=8199, doc="Is tested.")
-sampler = Agent("hardware-resource-optimizer", port=8002, doc="x", default_action="get_metrics")
-
-
-class AddParams(BaseModel):
-    first: int
-    second: int = 0
-
-
-class Sum(BaseModel):
-    total: int
-
-
-class FailParams(BaseModel):
-    how: str
-
-
-@agent.action(max_attempts=2)
-def add(params: AddParams, context: Context) -> Sum:
-    """Add two numbers."""
-    return Sum(total=params.first + params.second)
-
-
-FAILURES: dict[str, Exception] = {
-    "plain": ValueError("no luck"),
-    "late": TimeLimitExceeded("too slow"),
-    "cancelled": TaskCancelled("not wanted"),
-}
-
-
-@agent.action()
-def fail(params: FailParams, context: Context) -> Sum:
-    """Fail."""
-    raise FAILURES[params.how]
-
-
-@agent.action()
-def nothing(params: NoParams, context: Context) -> Sum:
-    """Do nothing."""
-    return Sum(total=0)
-
-
-@sampler.action()
-def get_metrics(params: NoParams, context: Context) -> Sum:
-    """Sample."""
-    return Sum(total=1)
-
-
-class InlineWorker:
-    """Implements `Bell`: a thread performs what is rung, through the real claim and finish."""
-
-    def __init__(self) -> None:
-        self.rung: queue.SimpleQueue[Notice | None] = queue.SimpleQueue()
-        self.paused = False
-        self._site: worker.Site | None = None
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def room(self, agent: str, priority: int) -> bool:
-        return not self.paused
-
-    def depth(self, agent: str) -> int | None:
-        return 0
-
-    def ring(self, notices: Any) -> None:
-        for notice in notices:
-            self.rung.put(notice)
-
-    def perform(self, agent_name: str, action: str, task_id: UUID) -> None:
-        with suppress(worker.NotClaimed, worker.Requeued, TaskFailed, LeaseLost):
-            worker.perform(self.site, agents[agent_name].get(action), task_id)
-
-    @property
-    def site(self) -> worker.Site:
-        identity = Identity("test-front@here", agent.name, "here")
-        system: Any = None
-        return worker.Site(identity, Reports(), agents, system, self)
-
-    def stop(self) -> None:
-        self.rung.put(None)
-        self._thread.join(10)
-
-    def _run(self) -> None:
-        while (notice := self.rung.get()) is not None:
-            self.perform(notice.agent, notice.action, notice.task_id)
-
-
-agents: Mapping[str, Agent] = {agent.name: agent, sampler.name: sampler}
-
-
-@dataclass
-class Front:
-    url: str
-    sampler_url: str
-    port: int
-    bell: InlineWorker
-    waiting: Waiting
-    loop: asyncio.AbstractEventLoop
-    client: httpx.Client = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.client = httpx.Client(base_url=self.url, timeout=20)
-
-    def queue(self, action: str = "add", **more: Any) -> str:
-        """Hand over a task that nobody performs."""
-        self.bell.paused = True
-        params = {} if action in ("describe", "nothing") else {"first": 1}
-        body = {"action": action, "params": params, **more}
-        answer = self.client.post("/tasks", json=body)
-        assert answer.status_code == 202, answer.text
-        self.bell.paused = False
-        return str(answer.json()["task_id"])
-
-
-@pytest.fixture(scope="module")
-def running(migrated: Any) -> Iterator[Front]:
-    started: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    bell = InlineWorker()
-
-    async def run() -> None:
-        waiting = Waiting()
-        servers, listeners = [], []
-        for served in agents.values():
-            app = create_app(served, agents=agents, bell=bell, waiting=waiting)
-            servers.append(FrontServer(configure(app)))
-            listeners.append(socket.create_server(("127.0.0.1", 0)))
-        ports = [listener.getsockname()[1] for listener in listeners]
-        runs = [
-            asyncio.create_task(server.serve(sockets=[listener]))
-            for server, listener in zip(servers, listeners, strict=True)
-        ]
-        started.put((ports, waiting, servers, asyncio.get_running_loop()))
-        await asyncio.gather(*runs)
-        await waiting.close()
-        await db.async_dispose()
-
-    def start() -> None:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(run())
-
-    thread = threading.Thread(target=start)
-    thread.start()
-    (port, sampler_port), waiting, servers, loop = started.get(timeout=10)
-    url = f"http://127.0.0.1:{port}"
-    yield Front(url, f"http://127.0.0.1:{sampler_port}", port, bell, waiting, loop)
-    for server in servers:
-        loop.call_soon_threadsafe(server.stop)
-    thread.join(20)
-    bell.stop()
-    assert not thread.is_alive()
-
-
-@pytest.fixture
-def front(running: Front, database: Any) -> Front:
-    running.bell.paused = False
-    return running
-
-
-def until(condition: Callable[[], Any], timeout_s: float = 10.0) -> Any:
-    deadline = time.monotonic() + timeout_s
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "the condition did not come to hold"
-        time.sleep(0.01)
-    return found
+from sutazai.keeper import Identity
+from tests.integration.served import (
+    Front,
+    agent,
+    until,
+)
 
 
 def count_tasks() -> int:

@@ -9,7 +9,7 @@ import pytest
 from pydantic import BaseModel
 from sqlalchemy import text, update
 
-from sutazai import db, lifecycle, statements
+from sutazai import admission, db, lifecycle, statements
 from sutazai.agent import Action, Agent, Context, NoParams
 from sutazai.models import new_id, tasks
 from sutazai.state import Outcome, State
@@ -39,7 +39,7 @@ def once(params: NoParams, context: Context) -> Number:
 def accept(action: Action[Any, Any] = work, **options: Any) -> UUID:
     submission = Submission(action, {}, Options(**options))
     with db.transaction() as connection:
-        assert lifecycle.accept(connection, submission, rung=False)
+        assert admission.accept(connection, submission, rung=False).fresh
     return submission.task_id
 
 
@@ -137,7 +137,7 @@ def test_what_is_not_due_is_not_claimed(change: dict[str, Any]) -> None:
 def test_a_task_of_another_host_or_agent_is_not_claimed() -> None:
     submission = Submission(work, {}, host="elsewhere")
     with db.transaction() as connection:
-        lifecycle.accept(connection, submission, rung=False)
+        admission.accept(connection, submission, rung=False)
     assert claim(submission.task_id, host="here") is None
     assert claim(submission.task_id, host="elsewhere")
 
@@ -260,7 +260,7 @@ def _family() -> tuple[UUID, UUID, UUID]:
     parent_claim, _ = claim(parent)
     child = Submission(work, {}, parent_id=parent, call_index=1)
     with db.transaction() as connection:
-        lifecycle.accept(connection, child, rung=False)
+        admission.accept(connection, child, rung=False)
     child_claim, _ = claim(child.task_id)
     with db.transaction() as connection:
         assert lifecycle.delegate(connection, parent, parent_claim, child.task_id)
@@ -288,7 +288,7 @@ def test_a_child_that_ended_before_its_parent_waits_wakes_it_too() -> None:
     parent_claim, _ = claim(parent)
     child = Submission(work, {}, parent_id=parent, call_index=1)
     with db.transaction() as connection:
-        lifecycle.accept(connection, child, rung=False)
+        admission.accept(connection, child, rung=False)
     child_claim, _ = claim(child.task_id)
     assert finish(child.task_id, child_claim)
     with db.transaction() as connection:
@@ -312,7 +312,7 @@ def test_the_same_call_of_a_parent_makes_one_child() -> None:
     for _ in range(2):
         with db.transaction() as connection:
             child = Submission(work, {}, parent_id=parent, call_index=1)
-            accepted.append(lifecycle.accept(connection, child, rung=False))
+            accepted.append(admission.accept(connection, child, rung=False).fresh)
     assert accepted == [True, False]
 
 
@@ -322,7 +322,7 @@ def test_the_same_tick_makes_one_task_a_host() -> None:
     for host in ("a", "a", "b", None, None):
         submission = Submission(work, {}, scheduled_by="s", tick_at=tick_at, host=host)
         with db.transaction() as connection:
-            accepted.append(lifecycle.accept(connection, submission, rung=False))
+            accepted.append(admission.accept(connection, submission, rung=False).fresh)
     assert accepted == [True, False, True, True, False]
 
 

@@ -8,7 +8,7 @@ import pytest
 from kombu import Connection
 from sqlalchemy import select, text
 
-from sutazai import db, lifecycle, redis, statements
+from sutazai import admission, db, redis, statements
 from sutazai.bell import WINDOW_MAX, WINDOW_MIN, window
 from sutazai.keeper import Identity
 from sutazai.models import services, tasks
@@ -38,7 +38,7 @@ def accept(count: int = 1, *, rung: bool = False, **options: Any) -> None:
     describe = load().get(AGENT).get("describe")
     with db.transaction() as connection:
         for _ in range(count):
-            lifecycle.accept(connection, Submission(describe, {}, Options(**options)), rung=rung)
+            admission.accept(connection, Submission(describe, {}, Options(**options)), rung=rung)
 
 
 def rings() -> list[int]:
@@ -146,7 +146,7 @@ def test_an_unreachable_broker_costs_a_second_not_a_task(
     describe = load().get(AGENT).get("describe")
     submission = Submission(describe, {}, Options())
     with db.transaction() as connection:
-        lifecycle.accept(connection, submission, rung=True)
+        admission.accept(connection, submission, rung=True)
     assert rings() == [1]
     bell.ring([submission.notice])
     bell.close(30)

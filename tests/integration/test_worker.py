@@ -8,7 +8,7 @@ import pytest
 from pydantic import BaseModel
 from sqlalchemy import insert, select
 
-from sutazai import db, lifecycle, statements
+from sutazai import admission, db, lifecycle, statements
 from sutazai.agent import Agent, Context, Delegation, NoParams
 from sutazai.bell import Notice
 from sutazai.errors import InvalidInput, LeaseLost, TaskCancelled, TaskFailed, Unavailable
@@ -116,7 +116,7 @@ def run(site: Site, action: Any, **params: Any) -> Any:
     """Accept a task, perform it, and return its row; raises what `perform` raises."""
     submission = Submission(action, params, Options())
     with db.transaction() as connection:
-        lifecycle.accept(connection, submission, rung=True)
+        admission.accept(connection, submission, rung=True)
     try:
         perform(site, action, submission.task_id)
     finally:
@@ -279,7 +279,7 @@ def test_a_new_worker_takes_over_at_once_what_its_dead_predecessor_ran(site: Sit
     dead = Identity("tester@here", "tester", "here", pid=2**22 + 1)
     submission = Submission(double, {}, Options())
     with db.transaction() as connection:
-        lifecycle.accept(connection, submission, rung=True)
+        admission.accept(connection, submission, rung=True)
         connection.execute(statements.enlist({**dead.row, "slots": 1}))
         connection.execute(
             statements.claim(

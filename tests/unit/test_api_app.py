@@ -144,7 +144,8 @@ def test_bad_bodies(app: FastAPI, path: str, body: bytes, status: int, code: str
         ({"action": "add", "first": 1, "third": 3}, ["third"]),
         ({"action": "add", "first": 1, "rounding": "sideways"}, ["rounding"]),
         ({"action": "add", "third": 3}, ["first", "third"]),
-        ({"action": "add", "first": 1, "request_id": "a"}, ["request_id"]),
+        ({"action": "add", "first": 1, "request_id": "a b"}, ["idempotency_key"]),
+        ({"action": "add", "first": 1, "request_id": 7}, ["idempotency_key"]),
         ({"first": 1}, ["action"]),
     ],
 )
@@ -244,9 +245,60 @@ def test_a_body_of_two_mebibytes_is_refused_with_and_without_length(app: FastAPI
     check_error(answer, 422, "unknown_action")
 
 
-def test_idempotency_keys_are_not_silently_ignored(app: FastAPI) -> None:
-    answer = ask(app, "POST", "/tasks", json={"action": "tick"}, headers={"Idempotency-Key": "k"})
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/process", {"action": "tick", "request_id": "b"}),
+        ("/tasks", {"action": "tick", "options": {"idempotency_key": "b"}}),
+    ],
+)
+def test_two_different_idempotency_keys_are_refused(
+    app: FastAPI, path: str, body: dict[str, Any]
+) -> None:
+    answer = ask(app, "POST", path, json=body, headers={"Idempotency-Key": "a"})
+    error = check_error(answer, 422, "invalid_input")
+    assert "differ" in error["message"]
+
+
+@pytest.mark.parametrize("key", ["", "a b", "x" * 256])
+def test_an_idempotency_key_is_visible_ascii(app: FastAPI, key: str) -> None:
+    answer = ask(app, "POST", "/process", json={"action": "tick"}, headers={"Idempotency-Key": key})
     check_error(answer, 422, "invalid_input")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "ftp://example.org/x",
+        "http://127.0.0.1/x",
+        "http://localhost/x",
+        "http://[::1]:9/x",
+        "http://[::ffff:10.0.0.1]/x",
+        "http://169.254.169.254/latest/meta-data",
+        "http://user:word@example.org/",
+        "http://example.org:99999/",
+    ],
+)
+def test_a_callback_to_somewhere_private_is_refused(app: FastAPI, url: str) -> None:
+    override(callback_secret="s3cret")
+    answer = ask(app, "POST", "/tasks", json={"action": "tick", "options": {"callback_url": url}})
+    override(callback_secret=None)
+    error = check_error(answer, 422, "invalid_input")
+    assert error["details"][0]["field"] == "options.callback_url"
+
+
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [
+        (b"{}", "invalid_input"),
+        (b"[]", "invalid_input"),
+        (b"[1]", "invalid_input"),
+        (b'[{"action": "tick"}, {"action": "tock"}]', "unknown_action"),
+        (b'[{"action": "tick", "options": {"priority": 11}}]', "invalid_input"),
+    ],
+)
+def test_a_faulty_batch_is_refused_as_a_whole(app: FastAPI, body: bytes, code: str) -> None:
+    check_error(ask(app, "POST", "/tasks/batch", content=body, headers=JSON), 422, code)
 
 
 @pytest.mark.parametrize(

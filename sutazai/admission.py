@@ -1,0 +1,191 @@
+"""Admission: what becomes a task, what is an earlier one again, and what is refused.
+
+Every way in goes through `accept`: routes, command line, schedules, children, Celery. It runs
+within one transaction; fronts run it through `AsyncConnection.run_sync`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+from uuid import UUID
+
+from sutazai import lifecycle, statements
+from sutazai.bell import Bell
+from sutazai.errors import KeyBusy, KeyReused, QueueDraining, QueueFull
+from sutazai.submission import Submission
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection
+
+CHUNK = 2000
+"""Rows of one INSERT."""
+
+
+class Accepted(NamedTuple):
+    """The task that stands for a submission."""
+
+    task_id: UUID
+    fresh: bool
+    """Whether this submission made it; else it was there before."""
+
+    replaced: Sequence[lifecycle.Ended] = ()
+    """What was cancelled in its favour."""
+
+
+def will_ring(submission: Submission, bell: Bell | None) -> bool:
+    """Whether the caller should publish a notice right after it has committed."""
+    return bool(
+        bell
+        and submission.is_due
+        and bell.room(submission.action.agent, submission.options.priority)
+    )
+
+
+def accept(
+    connection: Connection, submission: Submission, *, rung: bool, limit: int | None = None
+) -> Accepted:
+    """Insert a task, or find the one that it repeats. `rung`: the caller rings after the commit.
+
+    limit: refuse when the queue holds so many due tasks. Raises `KeyReused`, `KeyBusy`,
+    `QueueFull` and `QueueDraining`; then nothing was stored. The same submission twice is one task.
+    """
+    known = _replay(connection, submission)
+    if known is not None:
+        return known
+    _check_room(connection, submission, limit)
+    joined, replaced = _resolve_conflict(connection, submission)
+    if joined is not None:
+        return Accepted(joined, fresh=False)
+    statement = statements.accept(submission.row, rung=rung)
+    if connection.execute(statement).first() is not None:
+        return Accepted(submission.task_id, fresh=True, replaced=replaced)
+    # Nothing was inserted: somebody else was quicker, or it is there from the first try.
+    return _replay(connection, submission) or _existing(connection, submission)
+
+
+def _existing(connection: Connection, submission: Submission) -> Accepted:
+    if submission.parent_id and submission.call_index:
+        child = statements.child_of(submission.parent_id, submission.call_index)
+        return Accepted(connection.execute(child).scalar_one(), fresh=False)
+    if (
+        submission.tick_at is None
+        and not connection.execute(statements.parent_of(submission.task_id)).all()
+    ):
+        _check_room(connection, submission)  # the queue began to drain just now
+    return Accepted(submission.task_id, fresh=False)
+
+
+def accept_many(
+    connection: Connection, submissions: Sequence[Submission], *, limit: int | None = None
+) -> list[UUID]:
+    """Insert many tasks, all or none, and return their ids in order; the relay rings them.
+
+    Raises as `accept` does.
+    """
+    for submission in {submission.action.agent: submission for submission in submissions}.values():
+        _check_room(connection, submission, limit)
+    ids: dict[int, UUID] = {}
+    plain: list[Submission] = []
+    careful: list[tuple[int, Submission]] = []
+    for index, submission in enumerate(submissions):
+        if submission.options.resolves_conflict:
+            careful.append((index, submission))
+        else:
+            plain.append(submission)
+            ids[index] = submission.task_id
+    taken = _reserve(connection, plain)
+    for index, submission in enumerate(submissions):
+        if submission.task_id in taken:
+            ids[index] = taken[submission.task_id]
+    fresh = [submission.row for submission in plain if submission.task_id not in taken]
+    for start in range(0, len(fresh), CHUNK):
+        connection.execute(statements.accept_many(fresh[start : start + CHUNK]))
+    for index, submission in careful:
+        ids[index] = accept(connection, submission, rung=False).task_id
+    return [ids[index] for index in range(len(submissions))]
+
+
+def _reserve(connection: Connection, submissions: Sequence[Submission]) -> dict[UUID, UUID]:
+    """Take the idempotency keys of submissions; return the tasks of those that were taken."""
+    keyed = [submission for submission in submissions if submission.options.idempotency_key]
+    taken: dict[UUID, UUID] = {}
+    for start in range(0, len(keyed), CHUNK):
+        chunk = keyed[start : start + CHUNK]
+        rows = [submission.row for submission in chunk]
+        free = set(connection.execute(statements.reserve_keys(rows)).scalars())
+        for submission in chunk:
+            if submission.task_id not in free:
+                known = _replay(connection, submission)
+                if known is not None:
+                    taken[submission.task_id] = known.task_id
+                else:
+                    # The key had expired, and is free now.
+                    connection.execute(statements.reserve_keys([submission.row]))
+    return taken
+
+
+def _replay(connection: Connection, submission: Submission) -> Accepted | None:
+    """Return the task that this one's idempotency key has made before; raises `KeyReused`."""
+    key = submission.options.idempotency_key
+    if key is None:
+        return None
+    holder = (submission.principal, submission.action.agent, key)
+    found = connection.execute(statements.keyed(*holder)).first()
+    if found is None:
+        return None
+    if found.expired:
+        connection.execute(statements.forget_key(*holder, found.task_id))
+        return None
+    if found.fingerprint != submission.fingerprint:
+        raise KeyReused(
+            f"The idempotency key {key!r} was used for another request, task {found.task_id}; "
+            "use a new key for a new request."
+        )
+    return Accepted(found.task_id, fresh=False)
+
+
+def _check_room(connection: Connection, submission: Submission, limit: int | None = None) -> None:
+    if submission.parent_id:
+        return  # without its children a task that is there already could not end
+    agent = submission.action.agent
+    found = connection.execute(statements.admission(agent, limit)).one()
+    if found.draining:
+        raise QueueDraining(
+            f"The queue {agent} drains and takes no new tasks; `sutazai queue resume {agent}`."
+        )
+    if found.is_full:
+        raise QueueFull(f"The queue {agent} holds {limit} due tasks already; try again later.")
+
+
+def _resolve_conflict(
+    connection: Connection, submission: Submission
+) -> tuple[UUID | None, list[lifecycle.Ended]]:
+    """Do what `on_conflict` says about unfinished tasks of the same concurrency key.
+
+    Returns the task to join, if one is to be joined, and what was cancelled at once.
+    """
+    options = submission.options
+    if not options.resolves_conflict or options.concurrency_key is None:
+        return None, []
+    action = submission.action
+    key = (action.agent, options.concurrency_key)
+    # The lock keeps two submissions from both finding nothing.
+    connection.execute(statements.lock_key(*key, action.key_slots, action.key_rate_per_s))
+    unfinished = connection.execute(statements.unfinished_of_key(*key)).scalars().all()
+    if not unfinished:
+        return None, []
+    match options.on_conflict:
+        case "join":
+            return unfinished[-1], []
+        case "replace":
+            ended: list[lifecycle.Ended] = []
+            for task_id in unfinished:
+                ended += lifecycle.cancel(connection, task_id)
+            return None, ended
+        case _:
+            raise KeyBusy(
+                f"The task {unfinished[0]} with the concurrency key {options.concurrency_key!r} "
+                "has not ended yet.",
+                details=[str(task_id) for task_id in unfinished[:10]],
+            )

@@ -1,0 +1,127 @@
+"""The journal of an attempt: progress and log lines, kept for those who follow the task.
+
+Lines go to the worker's log at once, and to PostgreSQL in batches: a second after the first of
+them, and before the attempt ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from datetime import UTC, datetime
+from typing import Any
+from uuid import UUID
+
+from sutazai import db, log, payload, redis, statements
+from sutazai.errors import DatabaseUnavailable
+
+GATHER_S = 1.0
+"""How long lines are gathered, and how long progress waits for the next one."""
+
+MOST_LINES = 1000
+MOST_BYTES = 1 << 20
+"""Of one task; what comes after stands in the worker's log only."""
+
+BATCH_MOST = 500
+MESSAGE_MOST = 500
+
+
+class Journal:
+    """What one attempt tells. Its methods `debug` to `error` are those of `context.log`."""
+
+    def __init__(self, agent: str, task_id: UUID, claim_id: UUID) -> None:
+        self._agent = agent
+        self._attempt = (task_id, claim_id)
+        self._logger = log.get(f"sutazai.tasks.{agent}")
+        # Whoever writes first gets the lower event id, and must be read first.
+        self._writing = threading.Lock()
+        self._lines: list[dict[str, Any]] = []
+        self._timer: threading.Timer | None = None
+        self._told_at = float("-inf")
+        self._count = self._bytes = 0
+
+    def debug(self, event: str, **fields: Any) -> None:
+        """Log a detail."""
+        self._logger.debug(event, **fields)
+        self._keep("debug", event, fields)
+
+    def info(self, event: str, **fields: Any) -> None:
+        """Log what happened."""
+        self._logger.info(event, **fields)
+        self._keep("info", event, fields)
+
+    def warning(self, event: str, **fields: Any) -> None:
+        """Log what should be looked at."""
+        self._logger.warning(event, **fields)
+        self._keep("warning", event, fields)
+
+    def error(self, event: str, **fields: Any) -> None:
+        """Log what went wrong."""
+        self._logger.error(event, **fields)
+        self._keep("error", event, fields)
+
+    def progress(self, fraction: float, message: str) -> bool:
+        """Store how far the work has come, at most once a second; return whether it was cancelled.
+
+        An attempt that has lost its task counts as cancelled.
+        """
+        fraction = min(max(float(fraction), 0.0), 1.0)
+        now = time.monotonic()
+        if now - self._told_at < GATHER_S and fraction < 1.0:
+            return False
+        self._told_at = now
+        message = _storable(message)[:MESSAGE_MOST]
+        cancelled = False
+        with self._writing, contextlib.suppress(DatabaseUnavailable):
+            rows = db.run(statements.progress(*self._attempt, fraction, message))
+            cancelled = not rows or rows[0].cancel_requested_at is not None
+        self._announce("progress", fraction=fraction, message=message)
+        return cancelled
+
+    def flush(self) -> None:
+        """Store the lines that were gathered; while PostgreSQL is away they are kept."""
+        with self._writing:
+            timer, self._timer = self._timer, None
+            if timer is not None:
+                timer.cancel()
+            while self._lines:
+                batch = self._lines[:BATCH_MOST]
+                try:
+                    db.run(statements.tell_lines(*self._attempt, batch))
+                except DatabaseUnavailable:
+                    return
+                del self._lines[: len(batch)]
+                self._announce("log", lines=len(batch))
+
+    def _keep(self, level: str, event: str, fields: dict[str, Any]) -> None:
+        line = {
+            "at": datetime.now(UTC).isoformat().replace("+00:00", "Z"),
+            "level": level,
+            "event": _storable(str(event)),
+            **{name: _plain(value) for name, value in fields.items() if name != "exc_info"},
+        }
+        size = len(payload.dumps(line))
+        self._count += 1
+        self._bytes += size
+        if self._count > MOST_LINES or self._bytes > MOST_BYTES:
+            return
+        self._lines.append(line)
+        if self._timer is None:
+            self._timer = threading.Timer(GATHER_S, self.flush)
+            self._timer.daemon = True
+            self._timer.start()
+
+    def _announce(self, kind: str, **event: Any) -> None:
+        redis.announce(self._agent, self._attempt[0], kind=kind, **event)
+
+
+def _plain(value: Any) -> Any:
+    if value is None or (isinstance(value, bool | int | float) and abs(value) < 1 << 53):
+        return value
+    return _storable(str(value))
+
+
+def _storable(text: str) -> str:
+    """Return text as PostgreSQL can hold it."""
+    return text.replace("\x00", "\ufffd").encode(errors="replace").decode()
