@@ -160,24 +160,24 @@ def _check_room(connection: Connection, submission: Submission, limit: int | Non
 
 def _resolve_conflict(
     connection: Connection, submission: Submission
-) -> tuple[UUID | None, list[lifecycle.Ended]]:
+) -> tuple[UUID | None, Sequence[lifecycle.Ended]]:
     """Do what `on_conflict` says about unfinished tasks of the same concurrency key.
 
     Returns the task to join, if one is to be joined, and what was cancelled at once.
     """
     options = submission.options
     if not options.resolves_conflict or options.concurrency_key is None:
-        return None, []
+        return None, ()
     action = submission.action
     key = (action.agent, options.concurrency_key)
     # The lock keeps two submissions from both finding nothing.
     connection.execute(statements.lock_key(*key, action.key_slots, action.key_rate_per_s))
     unfinished = connection.execute(statements.unfinished_of_key(*key)).scalars().all()
     if not unfinished:
-        return None, []
+        return None, ()
     match options.on_conflict:
         case "join":
-            return unfinished[-1], []
+            return unfinished[-1], ()
         case "replace":
             ended: list[lifecycle.Ended] = []
             for task_id in unfinished:

@@ -7,6 +7,7 @@ the row first, and every result is read from it.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import runpy
@@ -24,6 +25,7 @@ from celery.worker.control import Panel
 
 from sutazai import admission, db, lifecycle, log, redis, statements, watchers
 from sutazai.agent import Action, Agent, WorkerView
+from sutazai.bell import NOTICE_HEADER
 from sutazai.embedded import Supervisor
 from sutazai.errors import (
     ConfigurationError,
@@ -42,7 +44,7 @@ from sutazai.settings import prepare_flower, settings
 from sutazai.state import State
 from sutazai.submission import DEFAULT_PRIORITY, Options, Submission
 from sutazai.tasks import load
-from sutazai.worker import NotClaimed, Requeued, Site, Unrecorded, perform
+from sutazai.worker import NotClaimed, Requeued, Site, Unrecorded, adopt, perform
 
 _logger = log.get(__name__)
 
@@ -183,9 +185,16 @@ def _located(name: str) -> Path:
 
 
 def _bind(made: Celery, action: Action[Any, Any]) -> None:
-    def run(self: Task, **_: Any) -> str:
+    def run(self: Task, *args: Any, **kwargs: Any) -> str:
         try:
-            return perform(_site(), action, UUID(self.request.id))
+            task_id = UUID(self.request.id)
+            try:
+                return perform(_site(), action, task_id)
+            except NotClaimed:
+                # What is no notice of ours was sent by a program without our app.
+                if self.request.get(NOTICE_HEADER) or not adopt(action, task_id, args, kwargs):
+                    raise
+                return perform(_site(), action, task_id)
         except (NotClaimed, Requeued, LeaseLost, ValueError):
             raise Ignore from None
         except (DatabaseUnavailable, Unrecorded) as error:
@@ -297,6 +306,7 @@ class KeeperStep(bootsteps.StartStopStep):  # type: ignore[misc]
             site.agents,
             slots=lambda: int(parent.pool.num_processes or 1),
             consuming=lambda: _is_consuming(parent, site.identity.agent),
+            broker_answers=_broker_answers,
             each_beat=lambda: watchers.end_unwatched(parent),
         )
         keeper.start()
@@ -325,6 +335,21 @@ def _agent_of(parent: Any) -> Agent:
         "A worker serves one agent's queue: use `sutazai worker AGENT`, or add "
         f"`-Q AGENT` (one of: {', '.join(load().agents)})."
     )
+
+
+def _broker_answers() -> bool:
+    """Whether the broker takes a new connection and answers on it within two seconds."""
+    connection = app.connection_for_read(connect_timeout=2)
+    options = connection.transport_options
+    connection.transport_options = options | {"socket_timeout": 2, "socket_connect_timeout": 2}
+    try:
+        connection.default_channel  # noqa: B018 - reading it connects
+    except Exception:
+        return False
+    finally:
+        with contextlib.suppress(Exception):
+            connection.collapse()
+    return True
 
 
 def _is_consuming(parent: Any, queue: str) -> bool:

@@ -5,18 +5,21 @@
         task_id = client.submit("get_metrics", priority=9)
         task = client.wait(task_id, timeout_s=60)
 
-Errors are those of `sutazai.errors`, by the code of the answer. Requests that only read are
-repeated with jitter while the front does not answer; one that hands over a task is repeated only
-when it certainly never arrived, because a second one would be a second task.
+Errors are those of `sutazai.errors`, by the code of the answer. Requests are repeated with jitter
+while the front does not answer. One that hands over a task carries an idempotency key, made anew
+unless the caller gives one, so that repeating it never makes a second task.
 """
 
 from __future__ import annotations
 
+import asyncio
+import random
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 from urllib.parse import quote
+from uuid import uuid4
 
 import httpx
 from tenacity import (
@@ -28,7 +31,7 @@ from tenacity import (
 )
 
 from sutazai import payload
-from sutazai.errors import SutazaiError, TaskFailed, Unavailable, by_code
+from sutazai.errors import QueueFull, SutazaiError, TaskFailed, Unavailable, by_code
 
 ATTEMPTS = 4
 
@@ -59,10 +62,6 @@ class _Request(NamedTuple):
         }
 
 
-class _NotSent(Unavailable):
-    """The front could not be reached; the request certainly did not arrive."""
-
-
 class _Base:
     """What both clients share: requests, answers and when to repeat."""
 
@@ -70,37 +69,92 @@ class _Base:
         self.base_url = base_url.rstrip("/")
         self._timeout_s = timeout_s
 
-    def _retrying(self, request: _Request) -> dict[str, Any]:
-        worth = Unavailable if request.method == "GET" else _NotSent
+    def _retrying(self) -> dict[str, Any]:
         return {
-            "retry": retry_if_exception(lambda error: isinstance(error, worth)),
+            "retry": retry_if_exception(lambda error: isinstance(error, (Unavailable, QueueFull))),
             "wait": wait_random_exponential(multiplier=0.1, max=2.0),
             "stop": stop_after_attempt(ATTEMPTS),
             "reraise": True,
         }
 
     def _unreachable(self, error: httpx.HTTPError) -> Unavailable:
-        text = f"{self.base_url} does not answer: {error or type(error).__name__}"
-        never_arrived = isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout))
-        return _NotSent(text) if never_arrived else Unavailable(text)
+        return Unavailable(f"{self.base_url} does not answer: {error or type(error).__name__}")
 
     @staticmethod
     def _perform(action: str, params: Mapping[str, Any], wait_s: float) -> _Request:
         whole_s = min(int(wait_s), int(WAIT_AT_MOST_S))
-        prefer = {"Prefer": f"wait={whole_s}"}
-        return _Request("POST", "/process", {"action": action, **params}, whole_s, prefer)
+        headers = {"Prefer": f"wait={whole_s}", "Idempotency-Key": str(uuid4())}
+        return _Request("POST", "/process", {"action": action, **params}, whole_s, headers)
 
     @staticmethod
     def _submission(
         action: str, params: Mapping[str, Any] | None, options: Mapping[str, Any]
     ) -> _Request:
-        body: dict[str, Any] = {"action": action, "params": dict(params or {})}
-        return _Request("POST", "/tasks", body | ({"options": dict(options)} if options else {}))
+        chosen = {"idempotency_key": str(uuid4()), **options}
+        body = {"action": action, "params": dict(params or {}), "options": chosen}
+        return _Request("POST", "/tasks", body)
 
     @staticmethod
     def _watch(task_id: str, left_s: float) -> _Request:
         wait_s = min(max(left_s, 0.0), WAIT_AT_MOST_S)
         return _Request("GET", f"/tasks/{quote(task_id, safe='')}?wait={wait_s:.3f}", None, wait_s)
+
+
+class _EventReader:
+    """Reads a stream of Server-Sent Events, over as many connections as it takes."""
+
+    SILENCE_S = 40.0
+    """The front sends a comment every 15 s, so longer silence is a dead connection."""
+
+    def __init__(self, task_id: str, timeout_s: float) -> None:
+        self.path = f"/tasks/{quote(task_id, safe='')}/events"
+        self.ended = False
+        self._task_id = task_id
+        self._timeout_s = timeout_s
+        self._until = time.monotonic() + timeout_s
+        self._last = ""
+        self._failures = 0
+        self._fields: dict[str, str] = {}
+
+    def arguments(self) -> dict[str, Any]:
+        """Return httpx's arguments of the next connection; raises TimeoutError."""
+        self._check_time()
+        self._fields = {}
+        headers = {"Accept": "text/event-stream"}
+        if self._last:
+            headers["Last-Event-ID"] = self._last
+        return {"headers": headers, "timeout": httpx.Timeout(TIMEOUT_S, read=self.SILENCE_S)}
+
+    def begin(self, status: int) -> None:
+        """Note that the front has answered; 204 says that nothing more comes."""
+        self._failures = 0
+        self.ended = status == httpx.codes.NO_CONTENT
+
+    def take(self, line: str) -> dict[str, Any] | None:
+        """Take one line; return the event that it completes."""
+        self._check_time()
+        if line:
+            name, _, value = line.partition(": ")
+            self._fields[name] = value
+            return None
+        fields, self._fields = self._fields, {}
+        if "data" not in fields:
+            return None
+        self._last = fields["id"]
+        self.ended = fields["event"] == "result"
+        data = payload.loads(fields["data"].encode())
+        return {"id": int(fields["id"]), "event": fields["event"], "data": data}
+
+    def pause_s(self, error: Exception) -> float:
+        """Return how long to wait before the next connection; raises `Unavailable` at last."""
+        self._failures += 1
+        if self._failures >= ATTEMPTS:
+            raise Unavailable(f"The events of {self._task_id} cannot be read: {error}") from error
+        return random.uniform(0.1, 0.2 * 2**self._failures)  # noqa: S311 - only jitter
+
+    def _check_time(self) -> None:
+        if time.monotonic() > self._until:
+            raise TimeoutError(f"{self._task_id} has not ended after {self._timeout_s:g} s.")
 
 
 class AgentClient(_Base):
@@ -160,8 +214,27 @@ class AgentClient(_Base):
             if left_s <= 0:
                 raise TimeoutError(f"{task_id} is still {task['state']} after {timeout_s:g} s.")
 
+    def events(self, task_id: str, timeout_s: float = 3600.0) -> Iterator[dict[str, Any]]:
+        """Yield what happens to a task as `{"id", "event", "data"}` until it has ended.
+
+        A broken connection is made again and goes on where it broke off. Raises TimeoutError.
+        """
+        reader = _EventReader(task_id, timeout_s)
+        while not reader.ended:
+            try:
+                with self._http.stream("GET", reader.path, **reader.arguments()) as answer:
+                    if not answer.is_success:
+                        answer.read()
+                        _content(answer)
+                    reader.begin(answer.status_code)
+                    for line in answer.iter_lines():
+                        if (event := reader.take(line)) is not None:
+                            yield event
+            except (httpx.HTTPError, Unavailable) as error:
+                time.sleep(reader.pause_s(error))
+
     def _send(self, request: _Request) -> dict[str, Any]:
-        return Retrying(**self._retrying(request))(self._send_once, request)
+        return Retrying(**self._retrying())(self._send_once, request)
 
     def _send_once(self, request: _Request) -> dict[str, Any]:
         try:
@@ -226,8 +299,26 @@ class AsyncAgentClient(_Base):
             if left_s <= 0:
                 raise TimeoutError(f"{task_id} is still {task['state']} after {timeout_s:g} s.")
 
+    async def events(
+        self, task_id: str, timeout_s: float = 3600.0
+    ) -> AsyncIterator[dict[str, Any]]:
+        """Yield what happens to a task; see `AgentClient.events`."""
+        reader = _EventReader(task_id, timeout_s)
+        while not reader.ended:
+            try:
+                async with self._http.stream("GET", reader.path, **reader.arguments()) as answer:
+                    if not answer.is_success:
+                        await answer.aread()
+                        _content(answer)
+                    reader.begin(answer.status_code)
+                    async for line in answer.aiter_lines():
+                        if (event := reader.take(line)) is not None:
+                            yield event
+            except (httpx.HTTPError, Unavailable) as error:
+                await asyncio.sleep(reader.pause_s(error))
+
     async def _send(self, request: _Request) -> dict[str, Any]:
-        return await AsyncRetrying(**self._retrying(request))(self._send_once, request)
+        return await AsyncRetrying(**self._retrying())(self._send_once, request)
 
     async def _send_once(self, request: _Request) -> dict[str, Any]:
         try:

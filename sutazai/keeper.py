@@ -48,6 +48,11 @@ CANCEL_GRACE_S = 10.0
 DRAIN_S = 25.0
 """How long running tasks may go on after the worker was asked to stop."""
 
+STUCK_S = 60.0
+"""A worker with free slots that claims nothing for so long, though it could, restarts itself."""
+
+STUCK_CHECK_S = 10.0
+
 REGISTRY_S = 10.0
 
 WATCH_S = 0.25
@@ -213,6 +218,7 @@ class Keeper(threading.Thread):
         *,
         slots: Callable[[], int],
         consuming: Callable[[], bool],
+        broker_answers: Callable[[], bool],
         each_beat: Callable[[], None],
     ) -> None:
         super().__init__(name="keeper", daemon=True)
@@ -221,13 +227,16 @@ class Keeper(threading.Thread):
         self._agents = agents
         self._slots = slots
         self._consuming = consuming
+        self._broker_answers = broker_answers
         self._each_beat = each_beat
         self._running: dict[UUID, Running] = {}
         self._claims = 0
         self._stop_requested = threading.Event()
         self._wake_reader, self._wake_writer = os.pipe()
         self._drain_at: float | None = None
+        self._end_at: float | None = None
         self._registered_at = 0.0
+        self._claimed_at = self._stuck_checked_at = time.monotonic()
 
     def enlist(self) -> None:
         """Insert the worker's row, and take back at once what dead predecessors left running."""
@@ -282,11 +291,14 @@ class Keeper(threading.Thread):
                 if now >= beat_at:
                     beat_at = now + HEARTBEAT_S
                     self._beat()
+                    self._restart_if_stuck(now)
                 if now >= extend_at and self._running:
                     extend_at = now + HEARTBEAT_S
                     self._extend(now)
                 if self._drain_at and now >= self._drain_at:
                     self._end_drain()
+                if self._end_at and now >= self._end_at:
+                    self._end_process()
             except DatabaseUnavailable as error:
                 _logger.warning("heartbeat delayed", reason=str(error))
                 self._stop_requested.wait(1.0)
@@ -315,6 +327,7 @@ class Keeper(threading.Thread):
         for report in self._reports.read():
             if report.began:
                 self._claims += 1
+                self._claimed_at = report.at
                 self._running[report.claim_id] = Running(
                     report.task_id, report.claim_id, report.pid, report.limit_s, report.at
                 )
@@ -354,6 +367,26 @@ class Keeper(threading.Thread):
             }
         )
         redis.attempt(lambda client: client.hset("agents:registry", agent.name, entry))
+
+    def _restart_if_stuck(self, now: float) -> None:
+        """End a worker that is alive and does not consume, so that its supervisor starts another.
+
+        It is told from one without work by due tasks that a relay has rung in vain, and from one
+        whose broker is frozen by asking the broker.
+        """
+        if now - self._stuck_checked_at < STUCK_CHECK_S or self._end_at:
+            return
+        self._stuck_checked_at = now
+        idle_s = now - self._claimed_at
+        if idle_s < STUCK_S or not self._consuming() or len(self._running) >= self._slots():
+            return
+        identity = self._identity
+        claimable = statements.claimable(identity.agent, identity.host, STUCK_S)
+        if not db.run(claimable)[0].found or not self._broker_answers():
+            return
+        _logger.error("the worker does not consume; it restarts", idle_s=round(idle_s, 1))
+        self._end_at = now + DRAIN_S + CANCEL_GRACE_S  # should its main thread not hear it
+        os.kill(os.getpid(), signal.SIGTERM)
 
     def _extend(self, now: float) -> None:
         pairs = [(r.task_id, r.claim_id) for r in self._running.values()]

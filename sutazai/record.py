@@ -62,6 +62,9 @@ class Event(NamedTuple):
     data: dict[str, Any]
 
 
+EVENTS_PAGE = 1000
+"""Stored events that are read at once."""
+
 _LAST_STATE, _LAST = 998, 999
 """Places within a microsecond: what is stored comes before the change of state that follows it."""
 
@@ -88,6 +91,15 @@ def state_events(row: Row[Any]) -> list[Event]:
         events.append(change(at, _LAST_STATE, task["state"], error=task["error"]))
         events.append(Event(_event_id(at, _LAST), "result", task))
     return events
+
+
+def events(row: Row[Any], after: int) -> list[Event]:
+    """Return what happened after an event, in order, of a row of `statements.followed`."""
+    told = [Event(*item) for item in row.told or []]
+    changes = [event for event in state_events(row) if event.event_id > after]
+    if len(told) >= EVENTS_PAGE:
+        changes = [event for event in changes if event.event_id < told[-1].event_id]
+    return sorted([*told, *changes], key=lambda event: event.event_id)
 
 
 def _event_id(at: str, place: int) -> int:

@@ -65,6 +65,9 @@ DEPTH_LIMIT = 10_000
 WORKER_DEAD_S = 8.0
 """A worker whose heartbeat is older than this is dead for health (for rescue, the lease counts)."""
 
+SERVICE_DEAD_S = 15.0
+"""A relay or Beat whose heartbeat is older than this is dead."""
+
 _NOW = func.now()
 _QUEUED = tasks.c.state == State.QUEUED.value
 _RUNNING = tasks.c.state == State.RUNNING.value
@@ -112,9 +115,7 @@ def accept(row: Mapping[str, Any], *, rung: bool) -> TextClause:
     }
     if values["idempotency_key"] is None:
         return _ACCEPT.bindparams(**values)
-    return _ACCEPT_ONCE.bindparams(
-        **values, principal=row["principal"], fingerprint=row["fingerprint"]
-    )
+    return _ACCEPT_ONCE.bindparams(**values)
 
 
 _NO_OPTIONS: dict[str, Any] = dict.fromkeys(
@@ -1057,6 +1058,28 @@ _BUSY = """
                       AND t.rings > 0))
     GROUP BY w.agent
 """
+
+
+def claimable(agent: str, host: str, age_s: float) -> TextClause:
+    """Return whether tasks that a worker on a host could claim have waited for so long.
+
+    Only while a relay lives, which rings them: without one no worker is to blame.
+    """
+    return _CLAIMABLE.bindparams(agent=agent, host=host, age_s=age_s, relay_s=SERVICE_DEAD_S)
+
+
+_CLAIMABLE = text(
+    """
+    SELECT EXISTS (
+        SELECT 1 FROM tasks
+        WHERE agent = :agent AND state = 'queued' AND next_ring_at IS NOT NULL
+          AND run_at < now() - make_interval(secs => :age_s)
+          AND (host IS NULL OR host = :host) AND (deadline_at IS NULL OR deadline_at > now())
+    ) AND NOT EXISTS (SELECT 1 FROM queues WHERE queues.agent = :agent AND paused)
+      AND EXISTS (SELECT 1 FROM services WHERE kind = 'relay'
+                  AND heartbeat_at > now() - make_interval(secs => :relay_s)) AS found
+    """
+)
 
 
 def live_hosts(agent: str) -> Select[Any]:

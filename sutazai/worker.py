@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,7 @@ from sutazai.errors import (
     DatabaseUnavailable,
     InvalidInput,
     LeaseLost,
+    SutazaiError,
     TaskCancelled,
     TaskFailed,
     UnknownAgent,
@@ -318,6 +319,27 @@ def perform(site: Site, action: Action[Any, Any], task_id: UUID) -> str:
             return Attempt(site, action, claim_id, row).run()
     finally:
         site.reports.tell(began=False, task_id=task_id, claim_id=claim_id)
+
+
+def adopt(
+    action: Action[Any, Any], task_id: UUID, args: Sequence[Any], params: Mapping[str, Any]
+) -> bool:
+    """Insert the row of a message that a program without our app has sent; False: it has one.
+
+    Such a message is promised nothing before that. What does not validate is dropped.
+    """
+    try:
+        if args:
+            raise InvalidInput("it takes named parameters only")
+        submission = Submission(action, params, Options(), "celery", task_id)
+        with db.transaction() as connection:
+            accepted = admission.accept(connection, submission, rung=True)
+    except SutazaiError as error:
+        if isinstance(error, DatabaseUnavailable):
+            raise
+        _logger.warning("dropped a message", task=action.full_name, reason=str(error)[:500])
+        return False
+    return accepted.fresh
 
 
 def _claim(site: Site, action: Action[Any, Any], task_id: UUID, claim_id: UUID) -> Row[Any]:

@@ -18,15 +18,13 @@ from sutazai.api.front import front_of
 from sutazai.api.tasks import find_or_refuse, read_task_id
 from sutazai.api.waiting import Waiting
 from sutazai.errors import DatabaseUnavailable, InvalidInput
-from sutazai.record import Event
+from sutazai.record import EVENTS_PAGE, Event
 
 POLL_S = 1.0
 """Between two looks while no signal comes."""
 
 COMMENT_EACH_S = 15.0
 """Silence after which a comment is sent, so that nobody between takes the connection for dead."""
-
-PAGE = 1000
 
 _HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 _MOST = (1 << 63) - 1
@@ -71,7 +69,7 @@ async def _stream(waiting: Waiting, task_id: UUID, after: int) -> AsyncIterator[
                 yield _format(event)
                 if event.kind == "result":
                     return
-            if len(events) >= PAGE:
+            if len(events) >= EVENTS_PAGE:
                 continue
             if time.monotonic() - sent_at >= COMMENT_EACH_S:
                 sent_at = time.monotonic()
@@ -83,14 +81,10 @@ async def _stream(waiting: Waiting, task_id: UUID, after: int) -> AsyncIterator[
 
 async def _read(task_id: UUID, after: int) -> list[Event]:
     """Return the next events in order."""
-    row = await store.first(statements.followed(task_id, after, PAGE))
+    row = await store.first(statements.followed(task_id, after, EVENTS_PAGE))
     if row is None:
         return []
-    told = [Event(*item) for item in row.told or []]
-    changes = [event for event in record.state_events(row) if event.event_id > after]
-    if len(told) >= PAGE:
-        changes = [event for event in changes if event.event_id < told[-1].event_id]
-    return sorted([*told, *changes], key=lambda event: event.event_id)
+    return record.events(row, after)
 
 
 def _format(event: Event) -> bytes:

@@ -39,14 +39,14 @@ OWN_CHECK_WITHIN_S = 1.7
 CHECK_FRESH_S = 2.0
 OWN_CHECK_FRESH_S = 5.0
 
-SERVICE_DEAD_S = 15.0
-"""A relay or Beat whose heartbeat is older than this is dead."""
-
 NOT_CONSUMING_S = 60.0
 
 _DEFAULT_PORTS = {"amqp": 5672, "amqps": 5671, "sentinel": 26379}
 
 _logger = log.get(__name__)
+
+
+_QUEUE_FIELDS = ("depth", "oldest_age_s", "paused", "draining")
 
 
 @dataclass
@@ -56,7 +56,12 @@ class Report:
     status: Status = "healthy"
     workers: list[dict[str, Any]] = field(default_factory=list)
     queue: dict[str, Any] = field(
-        default_factory=lambda: {"depth": None, "oldest_age_s": None, "paused": None}
+        default_factory=lambda: {
+            "depth": None,
+            "oldest_age_s": None,
+            "paused": None,
+            "draining": None,
+        }
     )
     checks: dict[str, Any] = field(default_factory=dict)
     reasons: list[str] = field(default_factory=list)
@@ -153,11 +158,14 @@ def _assess_row(report: Report, agent: str, row: Any, *, broker_ok: bool) -> Non
         "depth": row.depth,
         "oldest_age_s": _rounded(row.oldest_age_s),
         "paused": row.paused,
+        "draining": row.draining,
     }
     report.checks["relay_age_s"] = _rounded(row.relay_age_s)
     report.checks["beat_age_s"] = _rounded(row.beat_age_s)
     if row.paused:
-        report.degrade(f"The queue {agent} is paused.")
+        report.degrade(f"The queue {agent} is paused: no task is started.")
+    if row.draining:
+        report.degrade(f"The queue {agent} drains: no new task is accepted.")
     _assess_service(report, "The relay", row.relay_age_s, "lost notices are not rung again")
     _assess_service(report, "Beat", row.beat_age_s, "schedules do not run")
     if not row.workers:
@@ -186,7 +194,7 @@ def _is_stuck(row: Any) -> bool:
 def _assess_service(report: Report, name: str, age_s: Any, effect: str) -> None:
     if age_s is None:
         report.degrade(f"{name} does not run: {effect}.")
-    elif age_s > SERVICE_DEAD_S:
+    elif age_s > statements.SERVICE_DEAD_S:
         report.degrade(f"{name} has been silent for {age_s:.0f} s: {effect}.")
 
 

@@ -14,7 +14,7 @@ from rich.spinner import Spinner
 
 from sutazai import payload
 from sutazai.cli.output import AsJSON, cell, console, errors, print_json, table
-from sutazai.errors import DatabaseUnavailable, InvalidInput, MalformedJSON, TaskNotFound
+from sutazai.errors import Conflict, DatabaseUnavailable, InvalidInput, MalformedJSON, TaskNotFound
 from sutazai.settings import settings
 from sutazai.state import State
 
@@ -22,8 +22,9 @@ FAILED = 1
 WAIT_RAN_OUT = 3
 INTERRUPTED = 130
 POLL_S = 0.1
+WATCH_POLL_S = 0.3
 
-tasks = typer.Typer(help="List and show tasks.", no_args_is_help=True)
+tasks = typer.Typer(help="List, show, watch, cancel and retry tasks.", no_args_is_help=True)
 
 
 def submit(
@@ -41,6 +42,10 @@ def submit(
     ] = False,
     wait: Annotated[float, typer.Option(min=0, help="Seconds to wait at most.")] = 300.0,
     priority: Annotated[int, typer.Option(min=0, max=9, help="9 is the most urgent.")] = 5,
+    idempotency_key: Annotated[
+        str | None,
+        typer.Option(help="The same key with the same request is the same task: safe to repeat."),
+    ] = None,
 ) -> None:
     """Submit a task and wait for its result, which is printed as JSON.
 
@@ -49,22 +54,22 @@ def submit(
     """
     from sutazai.celery import bell
     from sutazai.celery import submit as accept
-    from sutazai.submission import Options, Submission
+    from sutazai.submission import Submission
     from sutazai.tasks import load
 
     settings().require_services()
     submission = Submission(
         load().get(agent).get(action),
         _params(json_params, param or []),
-        Options(priority=priority),
+        _options(priority=priority, idempotency_key=idempotency_key),
         "cli",
     )
-    accept(submission)
+    task_id = accept(submission).task_id
     bell().close()
     if no_wait:
-        print_json({"status": "accepted", "task_id": str(submission.task_id)})
+        print_json({"status": "accepted", "task_id": str(task_id)})
         return
-    raise typer.Exit(_follow(submission.task_id, wait))
+    raise typer.Exit(_follow(task_id, wait))
 
 
 @tasks.command("list")
@@ -141,6 +146,146 @@ def show(
                 ([attempt[column] for column in columns] for attempt in task["attempts"]),
             )
         )
+
+
+@tasks.command()
+def watch(
+    task_id: Annotated[str, typer.Argument(help="The task's id.")],
+    wait: Annotated[float, typer.Option(min=0, help="Seconds to watch at most.")] = 86_400.0,
+    as_json: AsJSON = False,
+) -> None:
+    """Print what happens to a task, line by line, until it has ended.
+
+    Exit code: 0 succeeded, 1 failed or cancelled, 3 still not ended.
+    """
+    from sutazai import db, record, statements
+
+    settings().require_services()
+    wanted, after, until = _task_id(task_id), 0, time.monotonic() + wait
+    while True:
+        rows = db.run(statements.followed(wanted, after, record.EVENTS_PAGE))
+        if not rows:
+            raise TaskNotFound(f"There is no task {wanted}.")
+        for event in record.events(rows[0], after):
+            after = event.event_id
+            _print_event(event, as_json=as_json)
+            if event.kind == "result":
+                raise typer.Exit(0 if event.data["state"] == State.SUCCEEDED else FAILED)
+        if time.monotonic() >= until:
+            raise typer.Exit(WAIT_RAN_OUT)
+        time.sleep(WATCH_POLL_S)
+
+
+def _print_event(event: Any, *, as_json: bool) -> None:
+    if as_json:
+        line = {"id": event.event_id, "event": event.kind, "data": event.data}
+        typer.echo(orjson.dumps(line, default=str).decode())
+        return
+    data = event.data
+    match event.kind:
+        case "state":
+            worker = f" on {data['worker']}" if data.get("worker") else ""
+            error = f": {data['error']['message']}" if data.get("error") else ""
+            text = f"{cell(data['state'])}{cell(worker + error) if worker + error else ''}"
+        case "progress":
+            text = f"{data['fraction']:.0%} {cell(data['message'])}"
+        case "log":
+            known = ("at", "level", "event")
+            more = " ".join(f"{k}={v}" for k, v in data.items() if k not in known)
+            text = cell(f"{data['level']}: {data['event']} {more}".rstrip())
+        case _:
+            return
+    at = datetime.fromtimestamp(event.event_id / 1e9).astimezone()
+    console.print(f"{at:%H:%M:%S}  {text}", soft_wrap=True)
+
+
+@tasks.command()
+def cancel(
+    task_ids: Annotated[list[str], typer.Argument(help="The tasks' ids.")], as_json: AsJSON = False
+) -> None:
+    """Cancel tasks, durably: at once while queued, else the running action is told.
+
+    Exit code: 0 all are cancelled or about to be, 1 some had ended already.
+    """
+    from sutazai import db, lifecycle, redis, statements
+
+    settings().require_services()
+    rows = []
+    for wanted in map(_task_id, task_ids):
+        with db.transaction() as connection:
+            before = connection.execute(statements.result(wanted)).first()
+            if before is None:
+                raise TaskNotFound(f"There is no task {wanted}.")
+            ended = lifecycle.cancel(connection, wanted)
+            after = connection.execute(statements.result(wanted)).one()
+        redis.announce_ended(ended)
+        was_over = State(before.state).is_terminal
+        result = f"had ended: {before.state}" if was_over else after.state
+        if after.state in (State.RUNNING, State.WAITING):
+            result = f"{after.state}, being cancelled"
+        rows.append({"task_id": str(wanted), "result": result, "cancelled": not was_over})
+    if as_json:
+        print_json(rows)
+    else:
+        console.print(table(("TASK", "RESULT"), ((row["task_id"], row["result"]) for row in rows)))
+    raise typer.Exit(0 if all(row["cancelled"] for row in rows) else FAILED)
+
+
+@tasks.command()
+def retry(
+    task_id: Annotated[
+        str | None, typer.Argument(help="One task; without it, all that the options find.")
+    ] = None,
+    agent: Annotated[str | None, typer.Option(help="Failed tasks of this agent.")] = None,
+    action: Annotated[str | None, typer.Option(help="Only of this action.")] = None,
+    code: Annotated[str | None, typer.Option(help="Only with this error code.")] = None,
+    param: Annotated[
+        list[str] | None, typer.Option("--param", "-p", help="Replace a parameter. Repeatable.")
+    ] = None,
+    rate: Annotated[float, typer.Option(min=0.001, help="So many are started a second.")] = 10.0,
+    limit: Annotated[int, typer.Option(min=1, max=10_000, help="So many at most.")] = 1000,
+) -> None:
+    """Make new tasks of ended ones, and print their ids; the old ones stay as they are."""
+    from sutazai import db, replay, statements
+    from sutazai.celery import bell
+    from sutazai.celery import submit as accept
+    from sutazai.tasks import load
+
+    settings().require_services()
+    edited = _params("{}", param or [])
+    if (task_id is None) == (agent is None):
+        raise InvalidInput("Give either a task's id or --agent.")
+    if task_id is None:
+        wanted = replay.Filter.model_validate(
+            {"agent": agent, "action": action, "code": code, "params": edited}
+            | {"rate_per_s": rate, "limit": limit}
+        )
+        with db.transaction() as connection:
+            made = replay.repeat_many(connection, wanted, load().agents)
+    else:
+        with db.transaction() as connection:
+            row = connection.execute(statements.task(_task_id(task_id))).first()
+        if row is None:
+            raise TaskNotFound(f"There is no task {task_id}.")
+        if not State(row.state).is_terminal:
+            raise Conflict(f"The task has not ended yet: it is {row.state}.")
+        made = [accept(replay.repeat(row, load().agents, params=row.params | edited)).task_id]
+        bell().close()
+    print_json({"status": "accepted", "task_ids": [str(new) for new in made]})
+
+
+def _options(**values: Any) -> Any:
+    """Return options of a task; raises `InvalidInput` that names the one at fault."""
+    from pydantic import ValidationError
+
+    from sutazai.submission import Options
+
+    try:
+        return Options.model_validate(values)
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        name = str(fault["loc"][0]).replace("_", "-")
+        raise InvalidInput(f"--{name}: {fault['msg']}.") from None
 
 
 def _params(text: str, pairs: list[str]) -> dict[str, Any]:

@@ -73,6 +73,21 @@ def nothing(params: NoParams, context: Context) -> Sum:
     return Sum(total=0)
 
 
+class TalkParams(BaseModel):
+    lines: int = 2
+
+
+@agent.action()
+def talk(params: TalkParams, context: Context) -> Sum:
+    """Tell what it does."""
+    context.log.info("begun", lines=params.lines)
+    context.progress(0.5, "half way")
+    for number in range(params.lines):
+        context.log.warning("line", number=number)
+    context.progress(1.0, "done")
+    return Sum(total=params.lines)
+
+
 @sampler.action()
 def get_metrics(params: NoParams, context: Context) -> Sum:
     """Sample."""

@@ -491,7 +491,7 @@ def test_health_of_a_working_agent(front: Front) -> None:
         2,
         0,
     )
-    assert body["queue"] == {"depth": 0, "oldest_age_s": None, "paused": False}
+    assert body["queue"] == {"depth": 0, "oldest_age_s": None, "paused": False, "draining": False}
     assert body["checks"]["postgresql"] == body["checks"]["broker"] == "ok"
     assert body["checks"]["redis"] == "ok"
     assert 'agent_health_status{agent_id="test-front"} 1.0' in front.client.get("/metrics").text
@@ -721,6 +721,11 @@ def test_client(front: Front) -> None:
             client.wait(str(uuid4()))
         with pytest.raises(TimeoutError):
             client.wait(front.queue(), timeout_s=0.2)
+        told = list(client.events(client.submit("talk", {"lines": 1})))
+        assert [event["event"] for event in told][-1] == "result"
+        assert {event["event"] for event in told} == {"state", "progress", "log", "result"}
+        with pytest.raises(TaskNotFound):
+            next(client.events(str(uuid4())))
 
 
 def test_async_client(front: Front) -> None:
@@ -731,15 +736,52 @@ def test_async_client(front: Front) -> None:
             assert (await client.wait(task_id))["state"] == "succeeded"
             with pytest.raises(TaskFailed):
                 await client.send_request("fail", how="plain")
+            told = [event async for event in client.events(task_id)]
+            assert told[-1]["data"]["state"] == "succeeded"
 
     asyncio.run(run())
 
 
-def test_client_repeats_only_what_is_safe() -> None:
+def test_client_goes_on_where_a_stream_of_events_broke_off(front: Front) -> None:
+    with AgentClient(front.url) as whole:
+        task_id = whole.submit("talk", {"lines": 3})
+        whole.wait(task_id)
+        expected = list(whole.events(task_id))
+
+    class Breaking(httpx.HTTPTransport):
+        """Breaks each stream off after so many bytes."""
+
+        def handle_request(self, request: httpx.Request) -> httpx.Response:
+            answer = super().handle_request(request)
+            content = b"".join(answer.iter_bytes())
+            return httpx.Response(answer.status_code, stream=Broken(content[:400]))
+
+    class Broken(httpx.SyncByteStream):
+        def __init__(self, content: bytes) -> None:
+            self.content = content
+
+        def __iter__(self) -> Iterator[bytes]:
+            yield self.content
+            if not self.content.endswith(b"\n\n"):
+                raise httpx.ReadError("cut")
+
+    with AgentClient(front.url, transport=Breaking()) as client:
+        told = []
+        with pytest.raises(Unavailable):  # the result alone is longer than a stream may be
+            for event in client.events(task_id):
+                told.append(event)
+    assert told == expected[: len(told)]
+    assert len(told) == len(expected) - 1
+
+
+def test_client_repeats_under_one_idempotency_key() -> None:
     asked: list[str] = []
+    keys: set[str | None] = set()
 
     def refuse(request: httpx.Request) -> httpx.Response:
         asked.append(request.method)
+        body = json.loads(request.content or b"{}")
+        keys.add(body.get("options", {}).get("idempotency_key"))
         return httpx.Response(
             503, json={"status": "error", "code": "unavailable", "message": "no", "details": []}
         )
@@ -747,7 +789,9 @@ def test_client_repeats_only_what_is_safe() -> None:
     with AgentClient("http://x", transport=httpx.MockTransport(refuse)) as client:
         with pytest.raises(Unavailable):
             client.submit("nothing")
-        assert asked == ["POST"]
+        assert asked == ["POST"] * 4
+        assert len(keys) == 1
+        assert None not in keys
         asked.clear()
         with pytest.raises(Unavailable):
             client.health_check()

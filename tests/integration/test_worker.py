@@ -1,18 +1,21 @@
 """One attempt from claim to record, in the test's own process, on a real PostgreSQL."""
 
+import os
+import signal
 import threading
+import time
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 from pydantic import BaseModel
-from sqlalchemy import insert, select
+from sqlalchemy import insert, select, text
 
-from sutazai import admission, db, lifecycle, statements
+from sutazai import admission, db, lifecycle, statements, worker
 from sutazai.agent import Agent, Context, Delegation, NoParams
 from sutazai.bell import Notice
 from sutazai.errors import InvalidInput, LeaseLost, TaskCancelled, TaskFailed, Unavailable
-from sutazai.keeper import Identity, Keeper, Reports
+from sutazai.keeper import STUCK_S, Identity, Keeper, Reports
 from sutazai.models import new_id, queues, tasks, workers
 from sutazai.state import State
 from sutazai.submission import Options, Submission
@@ -241,13 +244,14 @@ def test_an_attempt_that_lost_its_lease_records_nothing(site: Site) -> None:
 # --- the keeper -----------------------------------------------------------------------------
 
 
-def keeper_of(site: Site) -> Keeper:
+def keeper_of(site: Site, *, consuming: bool = True, broker_answers: bool = True) -> Keeper:
     return Keeper(
         site.identity,
         site.reports,
         site.agents,
         slots=lambda: 2,
-        consuming=lambda: True,
+        consuming=lambda: consuming,
+        broker_answers=lambda: broker_answers,
         each_beat=lambda: None,
     )
 
@@ -273,6 +277,56 @@ def test_the_keeper_keeps_a_heartbeat_and_says_when_the_worker_stops(site: Site)
     assert (row().name, row().slots, row().pid) == ("tester@here", 2, site.identity.pid)
     keeper.stop()
     assert row().stopped_at is not None
+
+
+@pytest.mark.parametrize(
+    ("faults", "restarts"),
+    [
+        ({}, True),
+        ({"consuming": False}, False),
+        ({"broker_answers": False}, False),
+        ({"paused": True}, False),
+        ({"age_s": 0}, False),
+        ({"host": "elsewhere"}, False),
+        ({"relay": False}, False),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
+)
+def test_a_worker_that_does_not_consume_restarts_itself(
+    site: Site, faults: dict[str, Any], restarts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sutazai.keeper.STUCK_CHECK_S", 0.0)
+    told = []
+    monkeypatch.setattr("sutazai.keeper.os.kill", lambda pid, number: told.append((pid, number)))
+    submission = Submission(double, {}, Options(), host=faults.get("host"))
+    with db.transaction() as connection:
+        admission.accept(connection, submission, rung=True)
+        age = f"now() - interval '{faults.get('age_s', 61)} seconds'"
+        connection.execute(text(f"UPDATE tasks SET run_at = {age}"))
+        connection.execute(statements.set_queue("tester", paused=faults.get("paused", False)))
+        if faults.get("relay", True):
+            connection.execute(statements.serve("relay", "one"))
+    known = ("consuming", "broker_answers")
+    keeper = keeper_of(site, **{name: faults[name] for name in known if name in faults})
+    now = time.monotonic()
+    keeper._restart_if_stuck(now)
+    assert not told, "it has only just begun to wait"
+    keeper._restart_if_stuck(now + STUCK_S + 1)
+    assert told == ([(os.getpid(), signal.SIGTERM)] if restarts else [])
+    keeper._restart_if_stuck(now + STUCK_S + 2)
+    assert len(told) <= 1
+
+
+def test_a_message_of_another_program_is_adopted_once(site: Site) -> None:
+    task_id = new_id()
+    assert not worker.adopt(double, task_id, [1], {}), "positional arguments have no names"
+    assert not worker.adopt(double, task_id, [], {"number": "x"})
+    assert worker.adopt(double, task_id, [], {"number": 4})
+    assert not worker.adopt(double, task_id, [], {"number": 4})
+    perform(site, double, task_id)
+    row = read(task_id)
+    assert (row.state, row.result) == ("succeeded", {"number": 8.0})
+    assert not worker.adopt(double, task_id, [], {"number": 4}), "a second delivery does nothing"
 
 
 def test_a_new_worker_takes_over_at_once_what_its_dead_predecessor_ran(site: Site) -> None:

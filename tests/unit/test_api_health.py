@@ -31,6 +31,7 @@ def worker(**changes: Any) -> dict[str, Any]:
 def row(**changes: Any) -> SimpleNamespace:
     found = {
         "paused": False,
+        "draining": False,
         "depth": 0,
         "oldest_age_s": None,
         "running": 0,
@@ -48,7 +49,7 @@ def test_healthy_shows_workers_queue_and_checks() -> None:
     assert report.workers == [
         {"id": "a@h", "host": "h", "pid": 1, "heartbeat_age_s": 0.5, "slots": 2, "running": 0}
     ]
-    assert report.queue == {"depth": 0, "oldest_age_s": None, "paused": False}
+    assert report.queue == {"depth": 0, "oldest_age_s": None, "paused": False, "draining": False}
     assert report.checks == {
         "postgresql": "ok",
         "broker": "ok",

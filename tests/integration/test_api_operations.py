@@ -1,0 +1,315 @@
+"""Routes that keep promises: keys, batches, retries, queues, events; on real stores and sockets."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+from uuid import UUID, uuid4
+
+import httpx
+import pytest
+
+from sutazai import db, statements
+from tests.integration.served import Front, agent, until
+from tests.integration.test_api_front import count_tasks
+
+
+@pytest.fixture(autouse=True)
+def _unlimited() -> Any:
+    yield
+    agent.queue_limit = None
+
+
+def events(text: str) -> list[tuple[int, str, dict[str, Any]]]:
+    """Parse Server-Sent Events."""
+    found = []
+    for block in text.split("\n\n"):
+        fields = dict(line.split(": ", 1) for line in block.splitlines() if line[:1] != ":")
+        if fields:
+            found.append((int(fields["id"]), fields["event"], json.loads(fields["data"])))
+    return found
+
+
+# --- idempotency keys -----------------------------------------------------------------------
+
+
+def test_a_hundred_equal_requests_at_once_get_one_answer(front: Front) -> None:
+    body = {"action": "add", "first": 40, "second": 2}
+
+    def ask(_: int) -> httpx.Response:
+        return front.client.post("/process", json=body, headers={"Idempotency-Key": "k"})
+
+    with ThreadPoolExecutor(25) as pool:
+        answers = list(pool.map(ask, range(100)))
+    assert {answer.status_code for answer in answers} == {200}
+    assert len({answer.text for answer in answers}) == 1
+    assert Counter(a.headers.get("Idempotent-Replayed") for a in answers) == {"true": 99, None: 1}
+    assert count_tasks() == 1
+
+
+@pytest.mark.parametrize("path", ["/process", "/tasks"])
+def test_the_key_may_stand_in_the_body(front: Front, path: str) -> None:
+    flat = {"action": "add", "first": 1, "request_id": "k"}
+    whole = {"action": "add", "params": {"first": 1}, "options": {"idempotency_key": "k"}}
+    body = flat if path == "/process" else whole
+    prefer = {"Prefer": "respond-async"}
+    first = front.client.post(path, json=body, headers=prefer)
+    again = front.client.post(path, json=body, headers=prefer | {"Idempotency-Key": "k"})
+    assert first.status_code == again.status_code == 202
+    assert first.json()["task_id"] == again.json()["task_id"]
+    assert again.headers["Idempotent-Replayed"] == "true"
+    task = front.client.get(f"/tasks/{first.json()['task_id']}").json()
+    assert task["idempotency_key"] == "k"
+
+
+def test_a_replay_of_a_failed_task_answers_as_the_first_time(front: Front) -> None:
+    body = {"action": "fail", "how": "plain", "request_id": "k"}
+    first, again = (front.client.post("/process", json=body) for _ in range(2))
+    assert first.status_code == again.status_code == 500
+    assert first.json() == again.json()
+
+
+def test_a_replay_waits_for_the_task_of_the_first_request(front: Front) -> None:
+    task_id = front.queue("add", options={"idempotency_key": "k"})
+    with ThreadPoolExecutor(1) as pool:
+        body = {"action": "add", "first": 1, "request_id": "k"}
+        answer = pool.submit(front.client.post, "/process", json=body)
+        until(lambda: front.waiting.count == 1)
+        front.bell.perform("test-front", "add", UUID(task_id))
+        assert answer.result(20).json()["task_id"] == task_id
+    assert count_tasks() == 1
+
+
+def test_another_request_under_the_same_key_is_refused(front: Front) -> None:
+    headers = {"Idempotency-Key": "k"}
+    front.client.post("/process", json={"action": "add", "first": 1}, headers=headers)
+    answer = front.client.post("/process", json={"action": "add", "first": 2}, headers=headers)
+    assert answer.status_code == 422
+    assert answer.json()["code"] == "idempotency_key_reused"
+    assert count_tasks() == 1
+
+
+def test_a_refused_request_leaves_its_key_free(front: Front) -> None:
+    headers = {"Idempotency-Key": "k"}
+    refused = front.client.post("/process", json={"action": "add"}, headers=headers)
+    assert refused.status_code == 422
+    answer = front.client.post("/process", json={"action": "add", "first": 1}, headers=headers)
+    assert answer.status_code == 200
+
+
+# --- queues ---------------------------------------------------------------------------------
+
+
+def test_a_full_queue_is_429_and_an_old_key_is_not(front: Front) -> None:
+    agent.queue_limit = 2
+    old = front.queue("add", options={"idempotency_key": "old"})
+    front.queue("add")
+    front.bell.paused = True
+    body = {"action": "add", "params": {"first": 1}}
+    for path, sent in (
+        ("/tasks", body),
+        ("/tasks/batch", [body]),
+        ("/process", {"action": "nothing"}),
+    ):
+        answer = front.client.post(path, json=sent, headers={"Prefer": "respond-async"})
+        assert answer.status_code == 429, path
+        assert answer.json()["code"] == "queue_full"
+        assert int(answer.headers["Retry-After"]) >= 1
+    again = front.client.post("/tasks", json=body | {"options": {"idempotency_key": "old"}})
+    assert (again.status_code, again.json()["task_id"]) == (202, old)
+    assert count_tasks() == 2
+    assert front.client.get("/queue").json()["limit"] == 2
+
+
+def test_pausing_and_resuming_a_queue(front: Front) -> None:
+    paused = front.client.post("/queue/pause").json()
+    assert (paused["paused"], paused["draining"]) == (True, False)
+    answer = front.client.post(
+        "/process", json={"action": "add", "first": 1}, headers={"Prefer": "wait=1"}
+    )
+    assert (answer.status_code, answer.json()["state"]) == (202, "queued")
+    assert front.client.get("/health").json()["queue"]["paused"] is True
+    resumed = front.client.post("/queue/resume").json()
+    assert (resumed["paused"], resumed["depth"]) == (False, 1)
+    assert [
+        row.task_id for row in db.run(statements.ring_overdue("test-front", 9, queue_empty=True))
+    ]
+
+
+def test_a_draining_queue_is_409(front: Front) -> None:
+    assert front.client.post("/queue/drain").json()["draining"] is True
+    for headers in ({}, {"Idempotency-Key": "k"}):
+        answer = front.client.post("/process", json={"action": "add", "first": 1}, headers=headers)
+        assert (answer.status_code, answer.json()["code"]) == (409, "queue_draining")
+    reasons = " ".join(front.client.get("/health").json()["reasons"])
+    assert "drains" in reasons
+    front.client.post("/queue/resume")
+    answer = front.client.post("/process", json={"action": "add", "first": 1})
+    assert answer.status_code == 200
+
+
+# --- concurrency keys -----------------------------------------------------------------------
+
+
+def test_conflicts_over_a_concurrency_key(front: Front) -> None:
+    first = front.queue("add", options={"concurrency_key": "a"})
+
+    def ask(how: str) -> httpx.Response:
+        front.bell.paused = True
+        options = {"concurrency_key": "a", "on_conflict": how}
+        body = {"action": "add", "params": {"first": 1}, "options": options}
+        return front.client.post("/tasks", json=body)
+
+    rejected = ask("reject")
+    assert (rejected.status_code, rejected.json()["code"]) == (409, "concurrency_key_busy")
+    assert rejected.json()["details"] == [first]
+    assert ask("join").json()["task_id"] == first
+    assert ask("enqueue").json()["task_id"] != first
+    replaced = ask("replace").json()["task_id"]
+    states = {task["task_id"]: task["state"] for task in front.client.get("/tasks").json()["tasks"]}
+    assert states.pop(replaced) == "queued"
+    assert set(states.values()) == {"cancelled"}
+
+
+# --- batches --------------------------------------------------------------------------------
+
+
+def test_a_batch_is_accepted_in_order(front: Front) -> None:
+    body = [{"action": "add", "params": {"first": index}} for index in range(500)]
+    answer = front.client.post("/tasks/batch", json=body)
+    assert answer.status_code == 202
+    ids = answer.json()["task_ids"]
+    assert len(set(ids)) == 500
+    for index in (0, 250, 499):
+        assert front.client.get(f"/tasks/{ids[index]}").json()["params"] == {"first": index}
+
+
+def test_a_faulty_item_refuses_the_whole_batch(front: Front) -> None:
+    body = [{"action": "add", "params": {"first": 1}}, {"action": "add", "params": {}}]
+    answer = front.client.post("/tasks/batch", json=body)
+    assert answer.status_code == 422
+    assert answer.json()["message"].startswith("Item 1: ")
+    body = [{"action": "add", "params": {"first": 1}}, {"action": "nothing", "params": {}}]
+    body[1]["params"] = {"x": "a" * (1 << 20)}
+    assert front.client.post("/tasks/batch", json=body).status_code == 413
+    assert count_tasks() == 0
+
+
+def test_a_batch_of_ten_thousand_does_not_stop_the_front(front: Front) -> None:
+    body = json.dumps([{"action": "add", "params": {"first": index}} for index in range(10_000)])
+    done = threading.Event()
+    slowest_s = 0.0
+
+    def send() -> httpx.Response:
+        headers = {"Content-Type": "application/json"}
+        answer = front.client.post("/tasks/batch", content=body, headers=headers)
+        done.set()
+        return answer
+
+    with ThreadPoolExecutor(1) as pool:
+        sent = pool.submit(send)
+        while not done.is_set():
+            slowest_s = max(slowest_s, front.client.get("/health/live").elapsed.total_seconds())
+        assert sent.result(30).status_code == 202
+    assert slowest_s < 2
+    assert count_tasks() == 10_000
+    body = json.dumps([{"action": "nothing"}] * 10_001)
+    headers = {"Content-Type": "application/json"}
+    assert front.client.post("/tasks/batch", content=body, headers=headers).status_code == 422
+
+
+# --- retries --------------------------------------------------------------------------------
+
+
+def test_a_retry_is_a_new_task(front: Front) -> None:
+    failed = front.client.post("/process", json={"action": "fail", "how": "plain"}).json()[
+        "task_id"
+    ]
+    again = front.client.post(f"/tasks/{failed}/retry")
+    assert again.status_code == 202
+    task = front.client.get(f"/tasks/{again.json()['task_id']}", params={"wait": 10}).json()
+    assert (task["retry_of"], task["params"], task["state"]) == (failed, {"how": "plain"}, "failed")
+    edited = front.client.post(f"/tasks/{failed}/retry", json={"params": {"how": "late"}})
+    task = front.client.get(f"/tasks/{edited.json()['task_id']}", params={"wait": 10}).json()
+    assert task["error"]["code"] == "time_limit_exceeded"
+    refused = front.client.post(f"/tasks/{failed}/retry", json={"params": {"who": "x"}})
+    assert refused.status_code == 422
+
+
+def test_a_task_that_has_not_ended_is_not_retried(front: Front) -> None:
+    answer = front.client.post(f"/tasks/{front.queue()}/retry")
+    assert (answer.status_code, answer.json()["code"]) == (409, "conflict")
+    assert front.client.post(f"/tasks/{uuid4()}/retry").status_code == 404
+
+
+def test_failed_tasks_are_replayed_in_bulk(front: Front) -> None:
+    for how in ("plain", "late"):
+        front.client.post("/process", json={"action": "fail", "how": how})
+    body = {"code": "time_limit_exceeded", "params": {"how": "plain"}, "rate_per_s": 100}
+    answer = front.client.post("/tasks/retry", json=body)
+    assert answer.status_code == 202
+    [made] = answer.json()["task_ids"]
+    assert front.client.get(f"/tasks/{made}").json()["params"] == {"how": "plain"}
+    assert front.client.post("/tasks/retry", json=body).json()["task_ids"] == []
+    assert len(front.client.post("/tasks/retry").json()["task_ids"]) == 1
+    assert front.client.post("/tasks/retry", json={"colour": "red"}).status_code == 422
+    assert front.client.post("/tasks/retry", json={"agent": "nobody"}).status_code == 404
+
+
+# --- events ---------------------------------------------------------------------------------
+
+
+def test_events_tell_the_whole_story_in_order(front: Front) -> None:
+    task_id = front.client.post("/process", json={"action": "talk"}).json()["task_id"]
+    stream = front.client.get(f"/tasks/{task_id}/events")
+    assert stream.headers["content-type"].startswith("text/event-stream")
+    told = events(stream.text)
+    ids = [event_id for event_id, _, _ in told]
+    assert ids == sorted(set(ids))
+    kinds = [kind for _, kind, _ in told]
+    assert Counter(kinds) == {"state": 3, "progress": 2, "log": 3, "result": 1}
+    assert [data["state"] for _, kind, data in told if kind == "state"] == [
+        "queued",
+        "running",
+        "succeeded",
+    ]
+    assert [data["event"] for _, kind, data in told if kind == "log"] == ["begun", "line", "line"]
+    assert told[-1][1] == "result"
+    assert told[-1][2]["result"] == {"total": 2}
+
+
+def test_events_resume_where_they_were_broken_off(front: Front) -> None:
+    task_id = front.client.post("/process", json={"action": "talk"}).json()["task_id"]
+    path = f"/tasks/{task_id}/events"
+    told = events(front.client.get(path).text)
+    for index, (event_id, _, _) in enumerate(told[:-1]):
+        rest = front.client.get(path, headers={"Last-Event-ID": str(event_id)})
+        assert events(rest.text) == told[index + 1 :]
+    over = front.client.get(path, headers={"Last-Event-ID": str(told[-1][0])})
+    assert (over.status_code, over.text) == (204, "")
+    for bad in ("x", "-1", str(1 << 64)):
+        assert front.client.get(path, headers={"Last-Event-ID": bad}).status_code == 422
+    assert front.client.get(f"/tasks/{uuid4()}/events").status_code == 404
+
+
+def test_events_come_while_the_task_goes_on(front: Front) -> None:
+    task_id = front.queue("talk", params={"lines": 0})
+    seen = []
+    with front.client.stream("GET", f"/tasks/{task_id}/events") as stream:
+        for line in stream.iter_lines():
+            if line.startswith("event: "):
+                seen.append(line.removeprefix("event: "))
+                if len(seen) == 1:
+                    front.bell.perform("test-front", "talk", UUID(task_id))
+    assert (seen[0], seen[-1]) == ("state", "result")
+
+
+def test_log_lines_of_one_task_are_bounded(front: Front) -> None:
+    answer = front.client.post("/process", json={"action": "talk", "lines": 1200})
+    assert answer.status_code == 200
+    told = events(front.client.get(f"/tasks/{answer.json()['task_id']}/events").text)
+    assert Counter(kind for _, kind, _ in told)["log"] == 1000
+    assert told[-1][1] == "result"
