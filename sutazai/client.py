@@ -127,7 +127,6 @@ class _EventReader:
 
     def begin(self, status: int) -> None:
         """Note that the front has answered; 204 says that nothing more comes."""
-        self._failures = 0
         self.ended = status == httpx.codes.NO_CONTENT
 
     def take(self, line: str) -> dict[str, Any] | None:
@@ -140,6 +139,7 @@ class _EventReader:
         fields, self._fields = self._fields, {}
         if "data" not in fields:
             return None
+        self._failures = 0
         self._last = fields["id"]
         self.ended = fields["event"] == "result"
         data = payload.loads(fields["data"].encode())
