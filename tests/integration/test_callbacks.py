@@ -1,0 +1,202 @@
+"""Callbacks, delivered to a real HTTP server on this machine."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import json
+import queue
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, NamedTuple
+from uuid import UUID
+
+import pytest
+from sqlalchemy import text
+
+from sutazai import admission, callbacks, db, lifecycle
+from sutazai.agent import Agent
+from sutazai.callbacks import TRIES, Courier
+from sutazai.errors import InvalidInput
+from sutazai.settings import override, settings
+from sutazai.submission import Options, Submission
+
+agent = Agent("tester", port=9999, doc="Tests.")
+SECRET = "a secret of the tests"
+
+
+class Call(NamedTuple):
+    path: str
+    headers: Any
+    body: bytes
+
+
+class Receiver:
+    """Answers with the statuses that it is told, and keeps what came."""
+
+    def __init__(self) -> None:
+        self.calls: queue.SimpleQueue[Call] = queue.SimpleQueue()
+        self.statuses: list[int] = []
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                outer.calls.put(Call(self.path, self.headers, body))
+                self.send_response(outer.statuses.pop(0) if outer.statuses else 204)
+                self.send_header("Location", "/elsewhere")
+                self.end_headers()
+
+            def log_message(self, *_: Any) -> None: ...
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://localhost:{self.server.server_port}/ended?x=1"
+        self.thread = threading.Thread(target=self.server.serve_forever)
+        self.thread.start()
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.thread.join()
+        self.server.server_close()
+
+
+@pytest.fixture
+def receiver(database: Any) -> Iterator[Receiver]:
+    override(callback_secret=SECRET, callback_hosts="localhost")
+    made = Receiver()
+    yield made
+    made.close()
+    override(callback_secret=None, callback_hosts=None)
+
+
+@pytest.fixture
+def courier() -> Iterator[Courier]:
+    made = Courier()
+    yield made
+    made.close()
+
+
+def ended(url: str) -> UUID:
+    """Make a task with a callback that has ended."""
+    options = callbacks.checked(Options(callback_url=url))
+    submission = Submission(agent.get("describe"), {}, options)
+    with db.transaction() as connection:
+        admission.accept(connection, submission, rung=False)
+        lifecycle.cancel(connection, submission.task_id)
+    return submission.task_id
+
+
+def row(task_id: UUID) -> Any:
+    with db.transaction() as connection:
+        found = connection.execute(
+            text("SELECT * FROM tasks WHERE task_id = :task_id"), {"task_id": task_id}
+        )
+        return found.one()
+
+
+def make_due() -> None:
+    with db.transaction() as connection:
+        connection.execute(text("UPDATE tasks SET callback_next_at = now()"))
+
+
+def test_an_ended_task_is_posted_once_and_signed(receiver: Receiver, courier: Courier) -> None:
+    task_id = ended(receiver.url)
+    assert courier.round() == 1
+    call = receiver.calls.get(timeout=10)
+    assert call.path == "/ended?x=1"
+    assert call.headers["Host"] == f"localhost:{receiver.server.server_port}"
+    assert json.loads(call.body)["state"] == "cancelled"
+    assert call.headers["webhook-id"] == json.loads(call.body)["task_id"] == str(task_id)
+    signed = f"{task_id}.{call.headers['webhook-timestamp']}.".encode() + call.body
+    digest = hmac.new(SECRET.encode(), signed, hashlib.sha256).digest()
+    assert call.headers["webhook-signature"] == f"v1,{base64.b64encode(digest).decode()}"
+    assert courier.round() == 0
+    assert row(task_id).callback_settled_at is not None
+
+
+def test_a_task_that_has_not_ended_is_not_posted(receiver: Receiver, courier: Courier) -> None:
+    submission = Submission(agent.get("describe"), {}, Options(callback_url=receiver.url))
+    with db.transaction() as connection:
+        admission.accept(connection, submission, rung=False)
+    assert courier.round() == 0
+
+
+@pytest.mark.parametrize("status", [500, 404, 302])
+def test_what_is_not_taken_is_tried_again(
+    receiver: Receiver, courier: Courier, status: int
+) -> None:
+    receiver.statuses = [status]
+    task_id = ended(receiver.url)
+    assert courier.round() == 1
+    found = row(task_id)
+    assert found.callback_settled_at is None
+    assert str(status) in found.callback_error
+    assert courier.round() == 0, "not before its time"
+    make_due()
+    assert courier.round() == 1
+    assert row(task_id).callback_error is None
+    assert receiver.calls.qsize() == 2
+
+
+def test_a_receiver_that_is_gone_or_never_there_ends_the_tries(
+    receiver: Receiver, courier: Courier
+) -> None:
+    receiver.statuses = [410]
+    gone = ended(receiver.url)
+    assert courier.round() == 1
+    assert "410" in row(gone).callback_error
+    absent = ended("http://localhost:1/")
+    for tried in range(1, TRIES + 1):
+        make_due()
+        assert courier.round() == 1, tried
+    assert row(absent).callback_settled_at is not None
+    make_due()
+    assert courier.round() == 0
+
+
+def test_two_couriers_post_each_task_once(receiver: Receiver) -> None:
+    tasks = {str(ended(receiver.url)) for _ in range(24)}
+    couriers = [Courier(), Courier()]
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(4):
+            list(pool.map(Courier.round, couriers))
+    for courier in couriers:
+        courier.close()
+    posted = [json.loads(receiver.calls.get(timeout=1).body)["task_id"] for _ in tasks]
+    assert set(posted) == tasks
+    assert receiver.calls.empty()
+
+
+def test_a_private_address_is_refused_when_it_is_called_too(
+    receiver: Receiver, courier: Courier
+) -> None:
+    task_id = ended(receiver.url)
+    override(callback_hosts=None)  # as if the name had meant a public address before
+    assert courier.round() == 1
+    assert "not a public address" in row(task_id).callback_error
+    assert receiver.calls.empty()
+
+
+def test_without_a_secret_none_is_taken(tmp_path: Path) -> None:
+    home = settings().home
+    override(home=str(tmp_path))  # a home that has none
+    with pytest.raises(InvalidInput, match="SUTAZAI_CALLBACK_SECRET"):
+        callbacks.checked(Options(callback_url="https://example.org/"))
+    override(home=str(home))
+
+
+@pytest.mark.parametrize(
+    ("allowed", "host"), [("10.0.0.0/8", "10.1.2.3"), ("fd00::/8", "[fd00::1]")]
+)
+def test_networks_can_be_allowed(allowed: str, host: str) -> None:
+    options = Options(callback_url=f"http://{host}/")
+    override(callback_secret=SECRET)
+    with pytest.raises(InvalidInput, match="not a public address"):
+        callbacks.checked(options)
+    override(callback_hosts=allowed)
+    assert callbacks.checked(options) is options
+    override(callback_secret=None, callback_hosts=None)
