@@ -7,7 +7,7 @@ DEV_STAMP := $(VENV)/.dev
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help up test check format lock clean
+.PHONY: help up test fault check format lock clean
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -17,6 +17,9 @@ up: $(RUN_STAMP) ## Install what is needed and start the whole system (ARGS="--p
 
 test: $(DEV_STAMP) ## Run the whole test suite on private servers (ARGS="-k name")
 	$(BIN)/pytest $(ARGS)
+
+fault: $(DEV_STAMP) ## Inject every fault many times, write docs/faults.md (ARGS="--runs 5 --seconds 10 --only broker")
+	$(BIN)/python -m tests.faults $(ARGS)
 
 check: $(DEV_STAMP) ## Check format, lint, types and import contracts
 	$(BIN)/ruff format --check .

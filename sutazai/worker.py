@@ -52,10 +52,21 @@ ALONE_POLL_S = 0.25
 RECORD_FOR_S = 120.0
 """How long an outcome is tried to be recorded while PostgreSQL is away."""
 
+CLAIM_FOR_S = 8.0
+"""How long a claim is tried while PostgreSQL is away; then the relay rings the task again."""
+
 _PATIENTLY = Retrying(
     retry=retry_if_exception_type(DatabaseUnavailable),
     wait=wait_random_exponential(multiplier=0.2, max=3),
     stop=stop_after_delay(RECORD_FOR_S),
+    reraise=True,
+)
+
+
+_BRIEFLY = Retrying(
+    retry=retry_if_exception_type(DatabaseUnavailable),
+    wait=wait_random_exponential(multiplier=0.05, max=1),
+    stop=stop_after_delay(CLAIM_FOR_S),
     reraise=True,
 )
 
@@ -138,8 +149,13 @@ class Attempt:
         )
         bell = self._site.bell
         rung = admission.will_ring(child, bell)
-        with db.transaction() as connection:
-            accepted = admission.accept(connection, child, rung=rung)
+
+        def accept() -> admission.Accepted:
+            with db.transaction() as connection:
+                return admission.accept(connection, child, rung=rung)
+
+        # An outage of PostgreSQL is not the action's failure; the n-th call is made once.
+        accepted = _PATIENTLY(accept)
         # Not fresh: an earlier attempt of this task has made the same call.
         if accepted.fresh and rung:
             bell.ring([child.notice])
@@ -352,7 +368,10 @@ def _claim(site: Site, action: Action[Any, Any], task_id: UUID, claim_id: UUID) 
         "worker_id": identity.worker_id,
         "host": identity.host,
     }
-    row: Row[Any] | None = next(iter(db.run(statements.claim(task_id, **claimant))), None)
+    # A pooled connection may be from before a restart of PostgreSQL; without a second try the task
+    # would wait for its next notice.
+    claimed = _BRIEFLY(lambda: db.run(statements.claim(task_id, **claimant)))
+    row: Row[Any] | None = next(iter(claimed), None)
     if row is None:
         limits = lifecycle.KeyLimits(action.key_slots, action.key_rate_per_s)
         with db.transaction() as connection:

@@ -175,7 +175,7 @@ def test_fields_at_fault_are_named(app: FastAPI, body: dict[str, Any], fields: l
             ["options.run_at"],
         ),
         (
-            {"action": "add", "params": {"first": 1}, "options": {"callback_url": "http://x"}},
+            {"action": "add", "params": {"first": 1}, "options": {"callback_url": "x://y"}},
             ["options.callback_url"],
         ),
         (
