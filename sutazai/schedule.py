@@ -22,7 +22,7 @@ from sutazai.tick import Tick, Timing, jitter
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Row
 
-NAME = r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,199}\Z"
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,199}$"
 """Names stand in addresses."""
 
 MAX_CATCH_UP = 1000
@@ -191,7 +191,7 @@ def find(connection: Connection, name: str, *, locked: bool = False) -> Row[Any]
 
 def check_name(name: str) -> None:
     """Raise `ScheduleNotFound` for what cannot be the name of a schedule."""
-    if not re.match(NAME, name):
+    if not re.fullmatch(NAME, name):
         raise ScheduleNotFound(f"There is no schedule {name!r}.")
 
 
@@ -218,8 +218,9 @@ def to_json(row: Row[Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in _FIELDS:
         value = values[name]
-        is_instant = isinstance(value, datetime)
-        found[name] = value.astimezone(UTC).isoformat() if is_instant else value
+        if isinstance(value, datetime):
+            value = value.astimezone(UTC).isoformat().replace("+00:00", "Z")
+        found[name] = value
     found["on"] = "each-host" if row.each_host else "any-host"
     found["catch_up"] = {0: "none", 1: "last"}.get(row.catch_up, row.catch_up)
     return found

@@ -1165,7 +1165,9 @@ def declare_schedule(row: Mapping[str, Any]) -> Insert:
     is taken by a schedule of another source.
     """
     made = insert(schedules).values(row)
-    changed = {name: made.excluded[name] for name in row if name != "name"}
+    changed: dict[str, ColumnElement[Any]] = {
+        name: made.excluded[name] for name in row if name != "name"
+    }
     same_times = and_(
         *(
             schedules.c[name].is_not_distinct_from(made.excluded[name])

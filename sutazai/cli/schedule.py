@@ -204,8 +204,8 @@ def _values(
     overlap: str | None,
     catch_up: str | None,
     jitter: float | None,
-    each_host: bool | None,  # noqa: FBT001 - one of many options
-    expires: bool | None,  # noqa: FBT001
+    each_host: bool | None,
+    expires: bool | None,
 ) -> dict[str, Any]:
     """Return what was given, by the names of a schedule's fields."""
     on = None if each_host is None else "each-host" if each_host else "any-host"
