@@ -75,3 +75,7 @@ worker_cancel_long_running_tasks_on_connection_loss = False
 
 beat_scheduler = "sutazai.scheduler:PostgresScheduler"
 beat_max_loop_interval = 5
+# Entries as Celery has them: {"a-name": {"task": "<agent>.<action>", "schedule": 60}}, also with
+# kwargs and options.priority. A schedule is a number of seconds, a timedelta or a crontab. Beat
+# writes them into the table of schedules.
+beat_schedule: dict[str, dict[str, object]] = {}

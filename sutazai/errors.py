@@ -6,6 +6,7 @@ SutazaiError                     500 internal_error
 ├── MalformedJSON                400 malformed_json
 ├── NotFound                     404 not_found
 │   ├── TaskNotFound             404 task_not_found
+│   ├── ScheduleNotFound         404 schedule_not_found
 │   └── UnknownAgent             404 unknown_agent
 ├── MethodNotAllowed             405 method_not_allowed
 ├── Conflict                     409 conflict
@@ -79,6 +80,12 @@ class TaskNotFound(NotFound):
     """No task has this id."""
 
     code = "task_not_found"
+
+
+class ScheduleNotFound(NotFound):
+    """No schedule has this name."""
+
+    code = "schedule_not_found"
 
 
 class UnknownAgent(NotFound):

@@ -178,6 +178,11 @@ Index(
     postgresql_where=tasks.c.finished_at.is_not(None) & tasks.c.scheduled_by.is_not(None),
 )
 Index(
+    "tasks_scheduled",
+    tasks.c.scheduled_by,
+    postgresql_where=tasks.c.scheduled_by.is_not(None) & tasks.c.finished_at.is_(None),
+)
+Index(
     "tasks_call",
     tasks.c.parent_id,
     tasks.c.call_index,
@@ -296,14 +301,31 @@ schedules = Table(
     "schedules",
     metadata,
     Column("name", Text, primary_key=True),
+    # Where it is changed: declaration, celeryconfig, or user, who has the routes and commands.
+    Column("source", Text, nullable=False, server_default="declaration"),
     Column("agent", Text, nullable=False),
     Column("action", Text, nullable=False),
     Column("params", JSONB, nullable=False, server_default=text("'{}'::jsonb")),
-    Column("every_s", Double, nullable=False),
+    Column("priority", SmallInteger, nullable=False, server_default="5"),
+    Column("every_s", Double),
+    Column("cron", Text),
+    Column("time_zone", Text, nullable=False, server_default="UTC"),
     Column("each_host", Boolean, nullable=False, server_default=text("false")),
     Column("enabled", Boolean, nullable=False, server_default=text("true")),
+    Column("overlap", Text, nullable=False, server_default="queue"),
+    # So many of the latest ticks are made up for; 0: only a tick that is on time is taken.
+    Column("catch_up", Integer, nullable=False, server_default="1"),
+    Column("jitter_s", Double, nullable=False, server_default="0"),
+    # Whether the deadline of a tick's task is the next tick.
+    Column("expires", Boolean, nullable=False, server_default=text("true")),
     Column("last_tick_at", Instant),
+    Column("next_tick_at", Instant, nullable=False, server_default=_NOW),
+    Column("missed", BigInteger, nullable=False, server_default="0"),
+    Column("skipped", BigInteger, nullable=False, server_default="0"),
     CheckConstraint("every_s >= 1", name="every_s"),
+    CheckConstraint("(every_s IS NULL) <> (cron IS NULL)", name="timing"),
+    CheckConstraint("source IN ('declaration', 'celeryconfig', 'user')", name="source"),
+    CheckConstraint("overlap IN ('skip', 'queue', 'replace')", name="overlap"),
 )
 
 IS_TERMINAL = tasks.c.state.in_(TERMINAL)

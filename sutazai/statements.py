@@ -1159,48 +1159,139 @@ def set_queue(agent: str, *, paused: bool | None = None, draining: bool | None =
 
 
 def declare_schedule(row: Mapping[str, Any]) -> Insert:
-    """Make or bring up to date the schedule of a declaration; whether it is enabled stays."""
-    made = insert(schedules).values(row)
-    changed = {name: made.excluded[name] for name in row if name != "name"}
-    return made.on_conflict_do_update(index_elements=[schedules.c.name], set_=changed)
+    """Make or bring up to date the schedule of a declaration; whether it is enabled stays.
 
-
-def forget_schedules(names: Sequence[str]) -> Delete:
-    """Remove the schedules that no declaration names any more."""
-    return delete(schedules).where(schedules.c.name.not_in(names))
-
-
-def tick_schedules() -> TextClause:
-    """Take every schedule whose next tick has come, and return it with that tick.
-
-    Ticks lie on the multiples of the period since the epoch, so any number of Beats compute the
-    same ones; a period that passed while no Beat ran gives one tick, not many.
+    Its next tick stays too, unless it is due at other times now. Returns its name, unless the name
+    is taken by a schedule of another source.
     """
-    return text(
-        """
-        UPDATE schedules SET last_tick_at = due.tick_at
-        FROM (
-            SELECT name,
-                   to_timestamp(floor(extract(epoch FROM now()) / every_s) * every_s) AS tick_at
-            FROM schedules WHERE enabled
-        ) AS due
-        WHERE schedules.name = due.name
-          AND (schedules.last_tick_at IS NULL OR schedules.last_tick_at < due.tick_at)
-        RETURNING schedules.name, schedules.agent, schedules.action, schedules.params,
-                  schedules.every_s, schedules.each_host, due.tick_at,
-                  due.tick_at + make_interval(secs => schedules.every_s) AS next_tick_at
-        """
+    made = insert(schedules).values(row)
+    changed: dict[str, ColumnElement[Any]] = {
+        name: made.excluded[name] for name in row if name != "name"
+    }
+    same_times = and_(
+        *(
+            schedules.c[name].is_not_distinct_from(made.excluded[name])
+            for name in ("every_s", "cron", "time_zone")
+        )
+    )
+    changed["next_tick_at"] = case(
+        (same_times, schedules.c.next_tick_at), else_=made.excluded.next_tick_at
+    )
+    return made.on_conflict_do_update(
+        index_elements=[schedules.c.name],
+        set_=changed,
+        where=schedules.c.source == made.excluded.source,
+    ).returning(schedules.c.name)
+
+
+def forget_schedules(source: str, kept: Sequence[str], agents: Sequence[str] | None) -> Delete:
+    """Remove the schedules of a source that it names no more; agents: only of these."""
+    gone = delete(schedules).where(schedules.c.source == source, schedules.c.name.not_in(kept))
+    return gone if agents is None else gone.where(schedules.c.agent.in_(agents))
+
+
+def add_schedule(row: Mapping[str, Any]) -> Insert:
+    """Insert a schedule; return its row, or nothing when the name is taken."""
+    return insert(schedules).values(row).on_conflict_do_nothing().returning(*schedules.c)
+
+
+def change_schedule(name: str, values: Mapping[str, Any]) -> Update:
+    """Change a schedule; return its row."""
+    return update(schedules).where(schedules.c.name == name).values(values).returning(*schedules.c)
+
+
+def remove_schedule(name: str) -> Delete:
+    """Delete a schedule; its tasks stay."""
+    return delete(schedules).where(schedules.c.name == name)
+
+
+def schedule(name: str, *, locked: bool = False) -> Select[Any]:
+    """Return one schedule; locked: nobody changes it or takes its ticks until the end."""
+    found = select(*schedules.c).where(schedules.c.name == name)
+    return found.with_for_update() if locked else found
+
+
+def all_schedules(agent: str | None) -> Select[Any]:
+    """Return the schedules of one agent, or of all, by name."""
+    found = select(*schedules.c).order_by(schedules.c.name)
+    return found if agent is None else found.where(schedules.c.agent == agent)
+
+
+def due_schedules(agents: Sequence[str]) -> TextClause:
+    """Return the names of these agents' schedules of which a tick is due, longest due first."""
+    return _DUE_SCHEDULES.bindparams(agents=list(agents))
+
+
+_DUE_SCHEDULES = text(
+    """
+    SELECT name FROM schedules
+    WHERE enabled AND next_tick_at <= now() AND agent = ANY(:agents)
+    ORDER BY next_tick_at, name
+    """
+)
+
+
+def take_schedule(name: str) -> TextClause:
+    """Lock a schedule and return it with the time, if a tick is due and no other Beat has it."""
+    return _TAKE_SCHEDULE.bindparams(name=name)
+
+
+_TAKE_SCHEDULE = text(
+    """
+    SELECT *, now() AS now FROM schedules
+    WHERE name = :name AND enabled AND next_tick_at <= now()
+    FOR UPDATE SKIP LOCKED
+    """
+)
+
+
+def advance_schedule(
+    name: str, *, last_tick_at: datetime | None, next_tick_at: datetime, missed: int, skipped: int
+) -> TextClause:
+    """Record that a schedule's ticks were taken; last_tick_at: None when none was."""
+    return _ADVANCE_SCHEDULE.bindparams(
+        name=name,
+        last_tick_at=last_tick_at,
+        next_tick_at=next_tick_at,
+        missed=missed,
+        skipped=skipped,
     )
 
 
-def next_tick() -> TextClause:
-    """Return in how many seconds the next tick of any schedule comes."""
-    return text(
-        """
-        SELECT min(every_s - mod(extract(epoch FROM clock_timestamp())::numeric, every_s::numeric))
-        FROM schedules WHERE enabled
-        """
-    )
+_ADVANCE_SCHEDULE = text(
+    """
+    UPDATE schedules
+    SET last_tick_at = coalesce(CAST(:last_tick_at AS timestamptz), last_tick_at),
+        next_tick_at = :next_tick_at, missed = missed + :missed, skipped = skipped + :skipped
+    WHERE name = :name
+    """
+)
+
+
+def unfinished_of_schedule(name: str) -> TextClause:
+    """Return the unfinished tasks of a schedule and the hosts they are for, oldest first."""
+    return _UNFINISHED_OF_SCHEDULE.bindparams(name=name)
+
+
+_UNFINISHED_OF_SCHEDULE = text(
+    """
+    SELECT task_id, host FROM tasks
+    WHERE scheduled_by = :name AND finished_at IS NULL ORDER BY task_id
+    """
+)
+
+
+def next_tick(agents: Sequence[str]) -> TextClause:
+    """Return in how many seconds the next tick of any of these agents' schedules comes."""
+    return _NEXT_TICK.bindparams(agents=list(agents))
+
+
+_NEXT_TICK = text(
+    """
+    SELECT extract(epoch FROM min(next_tick_at) - clock_timestamp())
+    FROM schedules WHERE enabled AND agent = ANY(:agents)
+    """
+)
 
 
 # --- reading --------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from sutazai.api import (
     process,
     queue,
     retry,
+    schedules,
     tasks,
 )
 from sutazai.api.answer import error_answer, refusal
@@ -53,6 +54,12 @@ ROUTES: tuple[tuple[str, str, Endpoint], ...] = (
     ("POST", "/queue/pause", queue.pause_queue),
     ("POST", "/queue/resume", queue.resume_queue),
     ("POST", "/queue/drain", queue.drain_queue),
+    ("GET", "/schedules", schedules.list_schedules),
+    ("POST", "/schedules", schedules.add_schedule),
+    ("GET", "/schedules/{name}", schedules.show_schedule),
+    ("PATCH", "/schedules/{name}", schedules.change_schedule),
+    ("DELETE", "/schedules/{name}", schedules.remove_schedule),
+    ("POST", "/schedules/{name}/run", schedules.run_schedule),
     ("GET", "/actions", actions.list_actions),
     ("GET", "/health", monitoring.show_health),
     ("GET", "/health/live", monitoring.show_live),

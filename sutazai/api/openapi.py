@@ -14,8 +14,10 @@ from sutazai.agent import Action, Agent
 from sutazai.api.batch import MAX_ITEMS
 from sutazai.api.process import ProcessQuery
 from sutazai.api.retry import RetryBody
+from sutazai.api.schedules import SchedulesQuery
 from sutazai.api.tasks import TasksQuery, WaitQuery
 from sutazai.replay import Filter
+from sutazai.schedule import Definition, NewSchedule, ScheduleChange
 from sutazai.state import Outcome, State
 from sutazai.submission import Options
 
@@ -49,6 +51,7 @@ def describe(agent: Agent) -> Schema:
         "/queue/resume": {
             "post": _queue("resume_queue", "Resume", "Tasks are accepted and started again.")
         },
+        **_schedules(schemas),
         "/actions": {"get": _plain("List the actions", "What the agent can do.")},
         "/health": {"get": _health()},
         "/health/live": {"get": _plain("Is the process alive?", "It is.")},
@@ -177,6 +180,50 @@ def _queue(name: str, summary: str, description: str) -> Schema:
     return _operation(name, summary, description) | _responses(body, 503)
 
 
+def _schedules(schemas: dict[str, Schema]) -> dict[str, Schema]:
+    """Return the paths of schedules."""
+    for model in (NewSchedule, ScheduleChange):
+        schemas[model.__name__] = _lift(model.model_json_schema(), model.__name__, schemas)
+    own = _lift(Definition.model_json_schema(), "Schedule", schemas)["properties"]
+    instant = _nullable(_INSTANT)
+    more = {"last_tick_at": instant, "next_tick_at": _INSTANT, "missed": _INTEGER}
+    schemas["Schedule"] = _properties(
+        name=_TEXT, source=_TEXT, agent=_TEXT, **own, **more, skipped=_INTEGER
+    )
+    page = _properties(schedules={"type": "array", "items": _ref("Schedule")})
+    listed = _operation(
+        "list_schedules", "List schedules", "By name.", _parameters(SchedulesQuery, schemas)
+    )
+    added = _operation("add_schedule", "Add a schedule", "For an action of this agent.")
+    added |= {"requestBody": _body(_ref("NewSchedule"))}
+    added |= _responses(None, 400, 408, 409, 413, 415, 422, 503)
+    added["responses"]["201"] = _content("Added.", _ref("Schedule"))
+    shown = _operation("show_schedule", "Show a schedule", "Of any agent.", [_SCHEDULE])
+    changed = _operation(
+        "change_schedule",
+        "Change, pause or resume a schedule",
+        "One that is declared elsewhere can only be paused and resumed.",
+        [_SCHEDULE],
+    ) | {"requestBody": _body(_ref("ScheduleChange"))}
+    removed = _operation("remove_schedule", "Remove a schedule", "Its tasks stay.", [_SCHEDULE])
+    removed |= _responses(None, 404, 409, 503)
+    removed["responses"]["204"] = {"description": "Removed."}
+    run = _operation(
+        "run_schedule", "Run a schedule now", "Makes one task beside the ticks.", [_SCHEDULE, _KEY]
+    )
+    return {
+        "/schedules": {"get": listed | _responses(page, 422, 503), "post": added},
+        "/schedules/{name}": {
+            "get": shown | _responses(_ref("Schedule"), 404, 503),
+            "patch": changed | _responses(_ref("Schedule"), 400, 404, 408, 409, 413, 415, 422, 503),
+            "delete": removed,
+        },
+        "/schedules/{name}/run": {
+            "post": run | _responses(None, 404, 409, 422, 429, 503, accepted=True)
+        },
+    }
+
+
 def _list(schemas: dict[str, Schema]) -> Schema:
     page = _properties(tasks={"type": "array", "items": _ref("Task")}, next_cursor=_nullable(_ID))
     operation = _operation(
@@ -300,6 +347,8 @@ def _parameters(model: type[BaseModel], schemas: dict[str, Schema]) -> list[Sche
 
 _TASK_ID = {"name": "task_id", "in": "path", "required": True, "schema": _ID}
 
+_SCHEDULE = {"name": "name", "in": "path", "required": True, "schema": _TEXT}
+
 _PREFER = {
     "name": "Prefer",
     "in": "header",
@@ -316,7 +365,7 @@ _KEY = {
 
 _REFUSALS = {
     400: "The body is not acceptable as JSON.",
-    404: "There is no such task.",
+    404: "There is no such task, schedule or agent.",
     408: "The body did not arrive in time.",
     409: "The task was cancelled, or its state does not admit this.",
     413: "The body is larger than 1 MiB.",

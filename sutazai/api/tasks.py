@@ -106,13 +106,14 @@ def read_member(body: dict[str, Any], field: str) -> dict[str, Any]:
 async def list_tasks(request: Request) -> Response:
     """List tasks, newest first."""
     query = parse_query(TasksQuery, request)
-    rows = await _page(query, _chosen_agent(front_of(request), query.agent))
+    rows = await _page(query, chosen_agent(front_of(request), query.agent))
     tasks = [record.task_json(row) for row in rows[: query.limit]]
     more = len(rows) > query.limit
     return json_answer({"tasks": tasks, "next_cursor": tasks[-1]["task_id"] if more else None})
 
 
-def _chosen_agent(front: Front, name: str | None) -> str | None:
+def chosen_agent(front: Front, name: str | None) -> str | None:
+    """Return whose are meant: this front's without a name, everybody's (None) for `*`."""
     if name == "*":
         return None
     chosen = front.agent.name if name is None else normalise(name)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import typer
 
 from sutazai import log
-from sutazai.cli import inspection, operation, process, queue, submission, system
+from sutazai.cli import inspection, operation, process, queue, schedule, submission, system
 from sutazai.cli.output import fail
 from sutazai.errors import ConfigurationError, DatabaseUnavailable, SutazaiError
 from sutazai.settings import settings
@@ -43,6 +43,7 @@ app.command(rich_help_panel=SYSTEM)(system.logs)
 app.command(rich_help_panel=WORK)(submission.submit)
 app.add_typer(submission.tasks, name="tasks", rich_help_panel=WORK)
 app.add_typer(queue.queue, name="queue", rich_help_panel=WORK)
+app.add_typer(schedule.schedule, name="schedule", rich_help_panel=WORK)
 app.command(rich_help_panel=INSPECTION)(inspection.agents)
 app.command(rich_help_panel=INSPECTION)(inspection.actions)
 app.command(rich_help_panel=PROCESS)(process.worker)

@@ -306,6 +306,11 @@ def _params(text: str, pairs: list[str]) -> dict[str, Any]:
     return params
 
 
+def read_params(text: str | None, pairs: list[str] | None) -> dict[str, Any]:
+    """Return the parameters of --json-params and --param; raises `InvalidInput`."""
+    return _params("{}" if text is None else text, pairs or [])
+
+
 def _follow(task_id: UUID, wait_s: float) -> int:
     """Show a task's progress until it ends; return the exit code."""
     until = time.monotonic() + wait_s

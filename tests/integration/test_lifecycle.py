@@ -409,24 +409,3 @@ def test_old_tasks_are_pruned_with_their_attempts_and_live_families_are_kept() -
         left = set(connection.execute(tasks.select().with_only_columns(tasks.c.task_id)).scalars())
     assert left == {fresh, parent, child}
     assert outcomes(fresh) == ["succeeded"]
-
-
-def test_ticks_are_taken_once_and_lie_on_multiples_of_the_period() -> None:
-    row = {
-        "name": "s",
-        "agent": "tester",
-        "action": "work",
-        "params": {},
-        "every_s": 30.0,
-        "each_host": False,
-    }
-    with db.transaction() as connection:
-        connection.execute(statements.declare_schedule(row))
-        first = connection.execute(statements.tick_schedules()).all()
-        second = connection.execute(statements.tick_schedules()).all()
-        next_s = connection.execute(statements.next_tick()).scalar_one()
-    assert [tick.name for tick in first] == ["s"]
-    assert first[0].tick_at.timestamp() % 30 == 0
-    assert (first[0].next_tick_at - first[0].tick_at).total_seconds() == 30
-    assert second == []
-    assert 0 < next_s <= 30
