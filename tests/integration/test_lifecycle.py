@@ -371,6 +371,42 @@ def test_while_the_queue_is_empty_back_off_does_not_count() -> None:
     assert _rung(statements.ring_overdue("tester", 10, queue_empty=True)) == [task_id]
 
 
+@pytest.mark.parametrize(
+    ("ring", "change"),
+    [
+        (statements.ring_unrung("tester", 10), "rings = 0"),
+        (
+            statements.ring_overdue("tester", 10, queue_empty=False),
+            "rings = 1, next_ring_at = now() - interval '1 second'",
+        ),
+        (statements.become_due(10), "next_ring_at = NULL"),
+        (
+            statements.take_callbacks(10, 60.0),
+            "callback_url = 'http://x', state = 'failed', finished_at = now()",
+        ),
+    ],
+    ids=["unrung", "overdue", "become due", "callbacks"],
+)
+def test_a_row_that_somebody_works_on_holds_up_no_other(ring: Any, change: str) -> None:
+    locked, free = accept(), accept()
+
+    def versions() -> dict[UUID, str]:
+        with db.transaction() as connection:
+            rows = connection.execute(text("SELECT task_id, xmin::text FROM tasks"))
+            return {row.task_id: row.xmin for row in rows}
+
+    with db.transaction() as connection:
+        connection.execute(text(f"UPDATE tasks SET {change}"))
+    before = versions()
+    with db.transaction() as somebody:
+        somebody.execute(statements.lock(locked))
+        with db.transaction() as connection:
+            connection.execute(ring)
+    assert [task_id for task_id, version in versions().items() if version != before[task_id]] == [
+        free
+    ]
+
+
 def test_a_failed_ring_is_repeated_after_a_second_without_doubling() -> None:
     task_id = accept()
     _rung(statements.ring_unrung("tester", 1))
