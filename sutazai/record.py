@@ -42,10 +42,7 @@ def task_json(row: Row[Any]) -> dict[str, Any]:
     values = row._asdict()
     task: dict[str, Any] = {"task_id": str(row.task_id)}
     task.update((name, _plain(values[name])) for name in _FIELDS)
-    task["attempts"] = [
-        {name: _plain(value) for name, value in _ordered(attempt).items()}
-        for attempt in (values.get("attempts") or [])
-    ]
+    task["attempts"] = [_ordered(attempt) for attempt in (values.get("attempts") or [])]
     if row.state == State.RUNNING:
         task["attempts"].append(_running_attempt(row))
     task["links"] = links(task["task_id"])
@@ -142,15 +139,20 @@ def _running_attempt(row: Row[Any]) -> dict[str, Any]:
         {
             "attempt": row.attempt,
             "worker": row.worker,
-            "started_at": _plain(row.started_at),
+            "started_at": row.started_at,
         }
     )
 
 
 def _ordered(attempt: dict[str, Any]) -> dict[str, Any]:
-    # jsonb sorts keys by length; people read them in this order.
+    # jsonb sorts keys by length; people read them in this order. It also writes instants without
+    # trailing zeros, which is not how the same instant is written elsewhere.
     names = ("attempt", "worker", "started_at", "ended_at", "outcome", "error")
-    return {name: attempt.get(name) for name in names}
+    ordered = {name: _plain(attempt.get(name)) for name in names}
+    for name in ("started_at", "ended_at"):
+        if ordered[name]:
+            ordered[name] = _plain(datetime.fromisoformat(ordered[name]))
+    return ordered
 
 
 def _plain(value: Any) -> Any:

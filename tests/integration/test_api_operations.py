@@ -11,6 +11,7 @@ from uuid import UUID, uuid4
 
 import httpx
 import pytest
+from sqlalchemy import text
 
 from sutazai import db, statements
 from tests.integration.served import Front, agent, until
@@ -23,10 +24,10 @@ def _unlimited() -> Any:
     agent.queue_limit = None
 
 
-def events(text: str) -> list[tuple[int, str, dict[str, Any]]]:
+def events(stream: str) -> list[tuple[int, str, dict[str, Any]]]:
     """Parse Server-Sent Events."""
     found = []
-    for block in text.split("\n\n"):
+    for block in stream.split("\n\n"):
         fields = dict(line.split(": ", 1) for line in block.splitlines() if line[:1] != ":")
         if fields:
             found.append((int(fields["id"]), fields["event"], json.loads(fields["data"])))
@@ -279,6 +280,21 @@ def test_events_tell_the_whole_story_in_order(front: Front) -> None:
     assert [data["event"] for _, kind, data in told if kind == "log"] == ["begun", "line", "line"]
     assert told[-1][1] == "result"
     assert told[-1][2]["result"] == {"total": 2}
+
+
+def test_an_end_at_an_even_microsecond_is_told_once(front: Front) -> None:
+    task_id = front.client.post("/process", json={"action": "nothing"}).json()["task_id"]
+    with db.transaction() as connection:
+        # PostgreSQL writes 12:00:00.12345 within JSON, where Python writes 12:00:00.123450.
+        for change in ("tasks SET finished_at", "attempts SET ended_at"):
+            connection.execute(
+                text(f"UPDATE {change} = date_trunc('day', now()) + '12:00:00.12345'")
+            )
+    told = events(front.client.get(f"/tasks/{task_id}/events").text)
+    assert [kind for _, kind, _ in told] == ["state", "state", "state", "result"]
+    [attempt] = told[-1][2]["attempts"]
+    assert attempt["ended_at"] == told[-1][2]["finished_at"]
+    assert attempt["ended_at"].endswith("12:00:00.123450Z")
 
 
 def test_events_resume_where_they_were_broken_off(front: Front) -> None:
