@@ -7,7 +7,6 @@ the row first, and every result is read from it.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import runpy
@@ -39,7 +38,7 @@ from sutazai.errors import (
 )
 from sutazai.keeper import Identity, Keeper, Reports
 from sutazai.models import new_id
-from sutazai.ringer import CeleryBell
+from sutazai.ringer import CeleryBell, abandon, faults
 from sutazai.settings import prepare_flower, settings
 from sutazai.state import State
 from sutazai.submission import DEFAULT_PRIORITY, Options, Submission
@@ -344,11 +343,10 @@ def _broker_answers() -> bool:
     connection.transport_options = options | {"socket_timeout": 2, "socket_connect_timeout": 2}
     try:
         connection.default_channel  # noqa: B018 - reading it connects
-    except Exception:
+    except faults(connection):
         return False
     finally:
-        with contextlib.suppress(Exception):
-            connection.collapse()
+        abandon(connection)
     return True
 
 

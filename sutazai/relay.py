@@ -49,6 +49,7 @@ class Relay:
         self._instance = f"{settings().host}:{uuid4()}"
         self._stopping = threading.Event()
         self._steady_since: float | None = None
+        self._was_away = False
         self._served_at = self._rescued_at = self._pruned_at = 0.0
         self._claims: dict[str, tuple[float, int]] = {}
         self._windows: dict[str, int] = {}
@@ -67,6 +68,7 @@ class Relay:
                 pause_s = BUSY_PASS_S if self.round() else IDLE_PASS_S
             except DatabaseUnavailable as error:
                 self._steady_since = None
+                self._was_away = True
                 pause_s = IDLE_PASS_S
                 _logger.warning("waiting for PostgreSQL", reason=str(error))
             except Exception:
@@ -97,9 +99,13 @@ class Relay:
             if now - self._served_at >= HEARTBEAT_S:
                 self._served_at = now
                 connection.execute(statements.serve("relay", self._instance))
+            if self._was_away:
+                # A crash of PostgreSQL forgets claims: their notices are gone, their rows queued.
+                connection.execute(statements.ring_again())
             connection.execute(statements.become_due(CHUNK))
             connection.execute(statements.wake_keys())
             agents = connection.execute(statements.busy_agents()).all()
+        self._was_away = False
         if now - self._rescued_at >= RESCUE_EACH_S:
             self._rescued_at = now
             self._end_late()

@@ -12,6 +12,7 @@ from typing import Any
 
 from celery import Celery
 from celery.utils.nodenames import worker_direct
+from kombu.connection import Connection
 from kombu.exceptions import KombuError
 
 from sutazai import db, log, redis, statements
@@ -64,8 +65,7 @@ class CeleryBell:
             return sum(self._levels(self._reading.default_channel, agent).values())
         except self._faults as error:
             _logger.warning("the broker does not answer", error=str(error))
-            with contextlib.suppress(Exception):
-                self._reading.collapse()
+            abandon(self._reading)
             self._reading = None
             return None
 
@@ -152,15 +152,12 @@ class CeleryBell:
         return self._made
 
     def _drop(self) -> None:
-        with contextlib.suppress(Exception):
-            self._connection.collapse()
+        abandon(self._connection)
         self._connection = None
 
     @property
     def _faults(self) -> tuple[type[BaseException], ...]:
-        """Whatever the broker's driver raises when it does not answer."""
-        transport = self._app.connection_for_write().transport
-        return (KombuError, OSError, *transport.connection_errors, *transport.channel_errors)
+        return faults(self._app.connection_for_write())
 
     @staticmethod
     def _levels(channel: Any, agent: str) -> dict[int, int]:
@@ -174,6 +171,19 @@ class CeleryBell:
                     for step, n in zip(channel.priority_steps, pipe.execute(), strict=True)
                 }
         return {0: channel.queue_declare(agent, passive=True).message_count}
+
+
+def faults(connection: Connection) -> tuple[type[BaseException], ...]:
+    """Return whatever the broker's driver raises when the broker does not answer."""
+    transport = connection.transport
+    return (KombuError, OSError, *transport.connection_errors, *transport.channel_errors)
+
+
+def abandon(connection: Connection | None) -> None:
+    """Close a connection whose broker may not answer any more."""
+    if connection is not None:
+        with contextlib.suppress(*faults(connection)):
+            connection.collect(socket_timeout=1)
 
 
 _EMPTY_BODY = '[[], {}, {"callbacks": null, "errbacks": null, "chain": null, "chord": null}]'

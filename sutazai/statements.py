@@ -513,7 +513,7 @@ def put_off(task_id: UUID) -> Update:
 
 
 def ring_again() -> Update:
-    """After the broker lost its queues: every row that was rung is due now."""
+    """Make every row due that was rung: its notice may be lost, or its claim forgotten."""
     return update(tasks).where(_QUEUED, tasks.c.rings > 0).values(next_ring_at=_NOW)
 
 
@@ -593,15 +593,29 @@ _CLAIM_ANY = """
       AND NOT EXISTS (SELECT 1 FROM tasks s
                       WHERE s.worker_id = :worker_id AND s.state = 'running' AND s.crashes > 0)
       AND concurrency_key IS {keyed} NULL
-    RETURNING task_id, action, params, attempt, failures, max_attempts, time_limit_s, created_at,
-              deadline_at, parent_id, concurrency_key, crashes,
-              set_config('synchronous_commit', 'off', true)
+    RETURNING {columns}, set_config('synchronous_commit', 'off', true)
 """
 
-_CLAIM = text(_CLAIM_ANY.format(keyed=""))
-_CLAIM_OF_KEY = text(_CLAIM_ANY.format(keyed="NOT"))
+_CLAIMED_COLUMNS = """task_id, action, params, attempt, failures, max_attempts, time_limit_s,
+    created_at, deadline_at, parent_id, concurrency_key, crashes"""
+
+_CLAIM = text(_CLAIM_ANY.format(keyed="", columns=_CLAIMED_COLUMNS))
+_CLAIM_OF_KEY = text(_CLAIM_ANY.format(keyed="NOT", columns=_CLAIMED_COLUMNS))
 # A claim that a crash of PostgreSQL forgets leaves the task queued, and its attempt's outcome is
 # refused by the fence: so, unlike accept and finish, a claim need not wait for the disk.
+
+
+def claimed(task_id: UUID, claim_id: UUID) -> TextClause:
+    """Return what a claim has returned, for one whose answer got lost; no row: it does not hold."""
+    return _CLAIMED.bindparams(task_id=task_id, claim_id=claim_id)
+
+
+_CLAIMED = text(
+    f"""
+    SELECT {_CLAIMED_COLUMNS} FROM tasks
+    WHERE task_id = :task_id AND claim_id = :claim_id AND state = 'running'
+    """  # noqa: S608 - of our own constants
+)
 
 
 def unclaimed(task_id: UUID, worker_id: UUID) -> TextClause:

@@ -49,24 +49,13 @@ _logger = log.get(__name__)
 ALONE_POLL_S = 0.25
 """How often a task that must run alone looks whether it is."""
 
-RECORD_FOR_S = 120.0
-"""How long an outcome is tried to be recorded while PostgreSQL is away."""
-
-CLAIM_FOR_S = 8.0
-"""How long a claim is tried while PostgreSQL is away; then the relay rings the task again."""
+OUTAGE_S = 120.0
+"""How long PostgreSQL is waited for: with a claim, with a child, with an outcome."""
 
 _PATIENTLY = Retrying(
     retry=retry_if_exception_type(DatabaseUnavailable),
-    wait=wait_random_exponential(multiplier=0.2, max=3),
-    stop=stop_after_delay(RECORD_FOR_S),
-    reraise=True,
-)
-
-
-_BRIEFLY = Retrying(
-    retry=retry_if_exception_type(DatabaseUnavailable),
     wait=wait_random_exponential(multiplier=0.05, max=1),
-    stop=stop_after_delay(CLAIM_FOR_S),
+    stop=stop_after_delay(OUTAGE_S),
     reraise=True,
 )
 
@@ -179,6 +168,8 @@ class Attempt:
         """
         began = time.monotonic()
         try:
+            if self._row.crashes:
+                self._wait_alone()
             result = self._action(self._action.parse(self._row.params), self)
             if self._cancelled:
                 raise TaskCancelled  # the action saw it, and returned early
@@ -197,6 +188,21 @@ class Attempt:
             raise self._failed(error) from error
         _logger.info("task succeeded", ran_s=round(time.monotonic() - began, 4))
         return payload.dumps(stored)[:200]
+
+    def _wait_alone(self) -> None:
+        """Wait until nothing else runs on this worker, which starts nothing new meanwhile.
+
+        The task may take its worker down again: then nothing else must be to blame, or harmed.
+        """
+        others = statements.neighbours(self.task_id, self._site.identity.worker_id)
+        try:
+            while _PATIENTLY(db.run, others)[0].count:
+                time.sleep(ALONE_POLL_S)
+        except DatabaseUnavailable as error:
+            raise Unrecorded(str(error)) from error
+        limit_s = self._row.time_limit_s
+        claim = {"task_id": self.task_id, "claim_id": self.claim_id}
+        self._site.reports.tell(began=True, **claim, limit_s=limit_s)
 
     def _delegated(self, delegation: Delegation) -> str:
         def record() -> bool:
@@ -323,11 +329,9 @@ def perform(site: Site, action: Action[Any, Any], task_id: UUID) -> str:
     """
     claim_id = uuid4()
     row = _claim(site, action, task_id, claim_id)
-    if row.crashes:
-        # It may take its worker down again: then nothing else must be to blame, or harmed.
-        site.reports.tell(began=True, task_id=task_id, claim_id=claim_id, limit_s=math.inf)
-        _wait_alone(site, task_id)
-    site.reports.tell(began=True, task_id=task_id, claim_id=claim_id, limit_s=row.time_limit_s)
+    # The time that a task waits to be alone is not its own.
+    limit_s = math.inf if row.crashes else row.time_limit_s
+    site.reports.tell(began=True, task_id=task_id, claim_id=claim_id, limit_s=limit_s)
     try:
         with log.fields(
             agent=action.agent, action=action.name, task_id=str(task_id), attempt=row.attempt
@@ -368,21 +372,25 @@ def _claim(site: Site, action: Action[Any, Any], task_id: UUID, claim_id: UUID) 
         "worker_id": identity.worker_id,
         "host": identity.host,
     }
-    # A pooled connection may be from before a restart of PostgreSQL; without a second try the task
-    # would wait for its next notice.
-    claimed = _BRIEFLY(lambda: db.run(statements.claim(task_id, **claimant)))
-    row: Row[Any] | None = next(iter(claimed), None)
-    if row is None:
-        limits = lifecycle.KeyLimits(action.key_slots, action.key_rate_per_s)
-        with db.transaction() as connection:
-            row = lifecycle.claim(connection, task_id, limits, **claimant)
+    row: Row[Any] | None = None
+    # A task that is given up here waits for its next notice, and one whose claim was committed
+    # while its answer got lost waits until the lease ends: so an outage is waited out.
+    for attempt in _PATIENTLY:
+        with attempt:
+            row = _try_claim(action, task_id, claimant)
+            if row is None and attempt.retry_state.attempt_number > 1:
+                row = next(iter(db.run(statements.claimed(task_id, claim_id))), None)
     if row is None:
         raise NotClaimed
     return row
 
 
-def _wait_alone(site: Site, task_id: UUID) -> None:
-    """Wait until nothing else runs on this worker, which starts nothing new meanwhile."""
-    others = statements.neighbours(task_id, site.identity.worker_id)
-    while db.run(others)[0].count:
-        time.sleep(ALONE_POLL_S)
+def _try_claim(
+    action: Action[Any, Any], task_id: UUID, claimant: Mapping[str, Any]
+) -> Row[Any] | None:
+    row: Row[Any] | None = next(iter(db.run(statements.claim(task_id, **claimant))), None)
+    if row is None:
+        limits = lifecycle.KeyLimits(action.key_slots, action.key_rate_per_s)
+        with db.transaction() as connection:
+            row = lifecycle.claim(connection, task_id, limits, **claimant)
+    return row

@@ -13,6 +13,7 @@ from sutazai.bell import WINDOW_MAX, WINDOW_MIN, window
 from sutazai.keeper import Identity
 from sutazai.models import services, tasks
 from sutazai.relay import BROKER_KEY, Relay
+from sutazai.ringer import abandon
 from sutazai.submission import Options, Submission
 from tests.conftest import Servers, free_port
 
@@ -199,3 +200,22 @@ def test_the_bell_of_a_command_that_ends_at_once_still_rings(bell: Any) -> None:
 
     celery.bell().close()
     assert depth(bell) == 1
+
+
+def test_a_connection_that_is_given_up_is_closed(database: Servers) -> None:
+    from sutazai.celery import _broker_answers, app
+    from sutazai.ringer import CeleryBell
+
+    def clients() -> int:
+        found = redis.attempt(lambda client: client.info("clients")["connected_clients"])
+        assert found is not None
+        return int(found)
+
+    bell = CeleryBell(app)
+    assert bell.depth(AGENT) == 0
+    connection = bell._reading
+    before = clients()
+    assert all(_broker_answers() for _ in range(5))
+    assert clients() == before
+    abandon(connection)
+    assert clients() < before

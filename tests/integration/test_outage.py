@@ -1,0 +1,186 @@
+"""PostgreSQL that goes away in the middle of an attempt: nothing waits longer than it must."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+from uuid import UUID
+
+import pytest
+from sqlalchemy import Executable, text
+
+from sutazai import admission, db, statements, worker
+from sutazai.agent import Agent, Context, NoParams
+from sutazai.errors import DatabaseUnavailable
+from sutazai.keeper import Identity, Reports
+from sutazai.relay import Relay
+from sutazai.submission import Options, Submission
+
+pytestmark = pytest.mark.usefixtures("database")
+
+agent = Agent("tester", port=9999, doc="Tests.")
+
+
+class Seen(NoParams):
+    attempt: int
+
+
+@agent.action()
+def work(params: NoParams, context: Context) -> Seen:
+    """Work."""
+    return Seen(attempt=context.attempt)
+
+
+@agent.action(key_slots=1)
+def single(params: NoParams, context: Context) -> Seen:
+    """Run one at once of one key."""
+    return Seen(attempt=context.attempt)
+
+
+def accept(action: Any, **options: Any) -> UUID:
+    with db.transaction() as connection:
+        submission = Submission(action, {}, Options(**options))
+        return admission.accept(connection, submission, rung=True).task_id
+
+
+def site() -> worker.Site:
+    nothing: Any = None
+    identity = Identity("tester@here", "tester", "here")
+    return worker.Site(identity, Reports(), {"tester": agent}, nothing, nothing)
+
+
+def row(task_id: UUID) -> Any:
+    return db.run(statements.task(task_id))[0]
+
+
+@pytest.fixture
+def answer_lost(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Executable]], None]:
+    """Let PostgreSQL run and commit the statements of a verb, and the first answers get lost."""
+
+    def lose(verb: Callable[..., Executable], times: int = 1) -> None:
+        left = times
+        made: list[Executable] = []
+        reached = db.run
+
+        def build(*args: Any, **values: Any) -> Executable:
+            statement = verb(*args, **values)
+            made.append(statement)
+            return statement
+
+        def run(statement: Executable) -> Any:
+            nonlocal left
+            rows = reached(statement)
+            if statement in made and left:
+                left -= 1
+                raise DatabaseUnavailable("The connection was lost.")
+            return rows
+
+        monkeypatch.setattr(statements, verb.__name__, build)
+        monkeypatch.setattr(db, "run", run)
+
+    return lose
+
+
+def test_a_claim_whose_answer_was_lost_is_still_ours(answer_lost: Any) -> None:
+    task_id = accept(work)
+    answer_lost(statements.claim)
+    worker.perform(site(), work, task_id)
+    assert (row(task_id).state, row(task_id).attempt) == ("succeeded", 1)
+
+
+def test_a_claim_under_a_key_whose_answer_was_lost_is_still_ours(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    task_id = accept(single, concurrency_key="one")
+    reached = worker.lifecycle.claim
+
+    def claim(*args: Any, **values: Any) -> Any:
+        monkeypatch.setattr(worker.lifecycle, "claim", reached)
+        connection = args[0]
+        found = reached(*args, **values)
+        connection.commit()
+        assert found is not None
+        raise DatabaseUnavailable("The connection was lost.")
+
+    monkeypatch.setattr(worker.lifecycle, "claim", claim)
+    worker.perform(site(), single, task_id)
+    assert (row(task_id).state, row(task_id).attempt) == ("succeeded", 1)
+
+
+def test_an_outcome_whose_answer_was_lost_counts_once(answer_lost: Any) -> None:
+    task_id = accept(work)
+    answer_lost(statements.finish)
+    worker.perform(site(), work, task_id)
+    assert [found["outcome"] for found in row(task_id).attempts] == ["succeeded"]
+
+
+def test_an_outage_while_a_suspect_waits_to_be_alone_is_waited_out(answer_lost: Any) -> None:
+    task_id = accept(work)
+    db.run(text("UPDATE tasks SET crashes = 1"))
+    answer_lost(statements.neighbours, times=2)
+    place = site()
+    worker.perform(place, work, task_id)
+    assert row(task_id).state == "succeeded"
+    assert [report.began for report in place.reports.read()] == [True, True, False]
+
+
+def test_an_outage_that_outlasts_a_suspect_leaves_no_report_open(
+    answer_lost: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task_id = accept(work)
+    db.run(text("UPDATE tasks SET crashes = 1"))
+    monkeypatch.setattr(worker, "_PATIENTLY", worker._PATIENTLY.copy(stop=lambda _: True))
+    answer_lost(statements.neighbours)
+    place = site()
+    with pytest.raises(worker.Unrecorded):
+        worker.perform(place, work, task_id)
+    assert [report.began for report in place.reports.read()] == [True, False]
+
+
+def test_what_was_rung_before_an_outage_is_rung_again_after_it() -> None:
+    """A crash forgets claims: the notice is used up, and the row is queued as if it were not."""
+
+    class Rung:
+        def __init__(self) -> None:
+            self.notices: list[Any] = []
+
+        def room(self, _agent: str, _priority: int) -> bool:
+            return True
+
+        def depth(self, _agent: str) -> int:
+            return 1
+
+        def ring(self, notices: Any) -> None:
+            self.notices += notices
+
+    host = Identity("tester@here", "tester", "here")
+    with db.transaction() as connection:
+        connection.execute(statements.enlist({**host.row, "slots": 1}))
+    task_id = accept(work)
+    bell = Rung()
+    relay = Relay(bell)
+    passes = threading.Thread(target=relay.run)
+    passes.start()
+    try:
+        _until(lambda: db.run(text("SELECT count(*) FROM services"))[0].count)
+        assert not bell.notices, "its notice is out, for 15 s"
+        db.run(
+            text(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                "WHERE usename = current_user AND pid <> pg_backend_pid()"
+            )
+        )
+        _until(lambda: bell.notices)
+    finally:
+        relay.stop()
+        passes.join(20)
+    assert [notice.task_id for notice in bell.notices] == [task_id]
+
+
+def _until(condition: Callable[[], Any]) -> None:
+    until = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.02)
