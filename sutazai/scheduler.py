@@ -27,6 +27,8 @@ from sutazai.tick import Timing
 
 AFTER_OUTAGE_S = 1.0
 
+AFTER_FAILURE_S = 1.0
+
 SHORTEST_SLEEP_S = 0.01
 
 _logger = log.get(__name__)
@@ -40,6 +42,7 @@ class PostgresScheduler(Scheduler):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._instance = f"{settings().host}:{uuid4()}"
         self._declared = False
+        self._failing: set[str] = set()
         super().__init__(*args, **kwargs)
 
     def setup_schedule(self) -> None:
@@ -56,18 +59,31 @@ class PostgresScheduler(Scheduler):  # type: ignore[misc]
                 connection.execute(statements.serve("beat", self._instance))
                 due = connection.execute(statements.due_schedules(agents)).scalars().all()
             for name in due:
-                self._take(name)
+                self._try_to_take(name)
             with db.transaction() as connection:
                 next_s = connection.execute(statements.next_tick(agents)).scalar()
         except DatabaseUnavailable as error:
             _logger.warning("waiting for PostgreSQL", reason=str(error))
             return AFTER_OUTAGE_S
-        if next_s is None:
-            return float(self.max_interval)
-        return min(float(self.max_interval), max(SHORTEST_SLEEP_S, float(next_s)))
+        longest_s = float(self.max_interval)
+        shortest_s = AFTER_FAILURE_S if self._failing.intersection(due) else SHORTEST_SLEEP_S
+        return longest_s if next_s is None else min(longest_s, max(shortest_s, float(next_s)))
+
+    def _try_to_take(self, name: str) -> None:
+        """Take what is due of one schedule, which cannot stop the others: it is tried again."""
+        try:
+            self._take(name)
+        except DatabaseUnavailable:
+            raise
+        except Exception:
+            if name not in self._failing:
+                _logger.exception("a schedule cannot be taken here", schedule=name)
+            self._failing.add(name)
+        else:
+            self._failing.discard(name)
 
     def _take(self, name: str) -> None:
-        """Take what is due of one schedule, in a transaction of its own: it cannot stop others."""
+        """Take what is due of one schedule, in a transaction of its own."""
         with db.transaction() as connection:
             taken = schedule.take(connection, name, load().agents)
         if taken is None:

@@ -98,7 +98,7 @@ class InlineWorker:
     """Implements `Bell`: a thread performs what is rung, through the real claim and finish."""
 
     def __init__(self) -> None:
-        self.rung: queue.SimpleQueue[Notice | None] = queue.SimpleQueue()
+        self.rung: queue.SimpleQueue[Notice | threading.Event | None] = queue.SimpleQueue()
         self.paused = False
         self._site: worker.Site | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -124,13 +124,22 @@ class InlineWorker:
         system: Any = None
         return worker.Site(identity, Reports(), agents, system, self)
 
+    def settle(self) -> None:
+        """Wait until all that was rung is performed: an attempt locks rows of several tables."""
+        idle = threading.Event()
+        self.rung.put(idle)
+        assert idle.wait(30)
+
     def stop(self) -> None:
         self.rung.put(None)
         self._thread.join(10)
 
     def _run(self) -> None:
         while (notice := self.rung.get()) is not None:
-            self.perform(notice.agent, notice.action, notice.task_id)
+            if isinstance(notice, threading.Event):
+                notice.set()
+            else:
+                self.perform(notice.agent, notice.action, notice.task_id)
 
 
 agents: Mapping[str, Agent] = {agent.name: agent, sampler.name: sampler}
@@ -199,9 +208,10 @@ def running(migrated: Any) -> Iterator[Front]:
 
 
 @pytest.fixture
-def front(running: Front, database: Any) -> Front:
+def front(running: Front, database: Any) -> Iterator[Front]:
     running.bell.paused = False
-    return running
+    yield running
+    running.bell.settle()
 
 
 def until(condition: Callable[[], Any], timeout_s: float = 10.0) -> Any:

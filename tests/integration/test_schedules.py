@@ -234,6 +234,25 @@ def test_a_draining_queue_misses_its_tick_and_stops_no_other(conf: Any) -> None:
     beat.close()
 
 
+def test_a_schedule_that_cannot_be_read_here_stops_no_other(conf: Any) -> None:
+    from sutazai.celery import app
+
+    add("first", cron="* * * * *", late="1 minute")
+    add("second", late="0 minutes")
+    with db.transaction() as connection:
+        connection.execute(
+            text("UPDATE schedules SET time_zone = 'Mars/Olympus' WHERE name = 'first'")
+        )
+    beat = PostgresScheduler(app=app)
+    assert beat.tick() >= 1, "it is not tried again and again without a pause"
+    assert (states("first"), states("second")) == ([], ["queued"])
+    with db.transaction() as connection:
+        connection.execute(text("UPDATE schedules SET time_zone = 'Europe/Berlin'"))
+    beat.tick()
+    assert states("first") == ["queued"]
+    beat.close()
+
+
 def test_a_schedule_whose_action_is_gone_misses_its_ticks(database: Servers) -> None:
     add(late="0 minutes")
     with db.transaction() as connection:

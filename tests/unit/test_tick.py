@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from typing import Any
@@ -183,3 +186,9 @@ def test_entries_that_cannot_be_are_refused(entry: dict[str, Any]) -> None:
         configured("a", entry, "UTC", NOW)
     with pytest.raises(InvalidInput):
         configured("not a name", {"task": TASK, "schedule": 30}, "UTC", NOW)
+
+
+def test_time_zones_are_known_on_a_machine_that_has_none() -> None:
+    code = "from sutazai.tick import Timing; Timing(None, '0 3 * * *', 'Europe/Berlin').check()"
+    env = {"PYTHONTZPATH": "", "PATH": os.environ["PATH"]}
+    subprocess.run([sys.executable, "-c", code], env=env, check=True)
