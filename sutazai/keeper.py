@@ -385,7 +385,8 @@ class Keeper(threading.Thread):
         if not db.run(claimable)[0].found or not self._broker_answers():
             return
         _logger.error("the worker does not consume; it restarts", idle_s=round(idle_s, 1))
-        self._end_at = now + DRAIN_S + CANCEL_GRACE_S  # should its main thread not hear it
+        drain_s = DRAIN_S if self._running else 0.0
+        self._end_at = now + drain_s + CANCEL_GRACE_S  # should its main thread not hear it
         os.kill(os.getpid(), signal.SIGTERM)
 
     def _extend(self, now: float) -> None:
@@ -490,5 +491,7 @@ class Keeper(threading.Thread):
                     parent_id=row.parent_id if row else None,
                 )
             connection.execute(statements.discharge([self._identity.worker_id]))
+            # The notices that it holds go with it.
+            connection.execute(statements.ring_agent_again(self._identity.agent))
         _logger.warning("the worker ends itself; its supervisor starts another")
         os.kill(os.getpid(), signal.SIGKILL)
