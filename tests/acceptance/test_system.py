@@ -292,6 +292,21 @@ def test_flower_shows_all_workers_and_tasks(system: System) -> None:
     eventually(saw_one, 40, "Flower saw a task")
 
 
+def test_flowers_task_api_and_its_buttons_are_durable(system: System) -> None:
+    base = f"http://127.0.0.1:{5555 + system.offset}/api/task"
+    applied = system.client.post(
+        f"{base}/async-apply/probe.nap", json={"kwargs": {"seconds": 0.1}}
+    ).json()
+    assert system.task(applied["task-id"], wait_s=20)["state"] == "succeeded"
+    forms: list[dict[str, str]] = [{}, {"terminate": "true"}]
+    for form in forms:
+        task_id = system.submit("probe", "nap", seconds=60)
+        eventually(lambda task_id=task_id: system.task(task_id)["state"] == "running", 10)
+        pressed = system.client.post(f"{base}/revoke/{task_id}", data=form)
+        assert pressed.status_code == 200, pressed.text
+        assert system.task(task_id, wait_s=20)["state"] == "cancelled"
+
+
 def test_task_events_go_out_in_batches(system: System, env_file: dict[str, str]) -> None:
     batches: list[list[dict[str, Any]]] = []
     told: Counter[str] = Counter()

@@ -1,0 +1,170 @@
+"""Workers of each kind of pool, as processes of their own, that run too long, hang or stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import pytest
+from sqlalchemy import select
+
+from sutazai import admission, db, lifecycle, statements
+from sutazai.agent import Agent
+from sutazai.models import tasks, workers
+from sutazai.relay import Relay
+from sutazai.submission import Options, Submission
+from tests.conftest import Servers
+from tests.integration import pools
+from tests.integration.served import until
+
+POOLS = [pools.prefork, pools.threads, pools.solo]
+
+Start = Callable[[Agent], subprocess.Popen[bytes]]
+
+
+@pytest.fixture
+def start(database: Servers, tmp_path: Path) -> Iterator[Start]:
+    """Start a worker of an agent and wait until it consumes; its log is `tmp_path / "log"`."""
+    references = ",".join(
+        f"tests.integration.pools:{name}" for name in ("prefork", "threads", "solo")
+    )
+    env = os.environ | {
+        "SUTAZAI_HOME": str(database.home),
+        "SUTAZAI_DATABASE_URL": database.database_url,
+        "SUTAZAI_BROKER_URL": database.broker_url,
+        "SUTAZAI_AGENTS": references,
+    }
+
+    @contextmanager
+    def started(agent: Agent) -> Iterator[subprocess.Popen[bytes]]:
+        with (tmp_path / "log").open("ab") as log:
+            command = [sys.executable, "-m", "tests.integration.pools", agent.name]
+            process = subprocess.Popen(command, env=env, stdout=log, stderr=log)
+        try:
+            yield process
+        finally:
+            process.terminate()
+            process.wait(60)
+
+    def consumes(agent: Agent, pid: int) -> bool:
+        known = db.run(select(workers).where(workers.c.agent == agent.name))
+        return any(row.pid == pid and row.consuming for row in known)
+
+    with ExitStack() as stack:
+
+        def start(agent: Agent) -> subprocess.Popen[bytes]:
+            process = stack.enter_context(started(agent))
+            until(lambda: consumes(agent, process.pid), 60)
+            return process
+
+        yield start
+
+
+@pytest.fixture
+def relay(database: Servers) -> Iterator[Relay]:
+    from sutazai.celery import bell
+
+    yield Relay(bell())
+    bell().close()
+
+
+def accept(agent: Agent, action: str, **params: Any) -> UUID:
+    with db.transaction() as connection:
+        submission = Submission(agent.get(action), params, Options())
+        return admission.accept(connection, submission, rung=False).task_id
+
+
+def row(task_id: UUID) -> Any:
+    return db.run(statements.task(task_id))[0]
+
+
+def outcomes(task_id: UUID) -> list[str]:
+    return [attempt["outcome"] for attempt in row(task_id).attempts]
+
+
+def charges(task_id: UUID) -> tuple[int, int]:
+    found = select(tasks.c.failures, tasks.c.crashes).where(tasks.c.task_id == task_id)
+    failures, crashes = db.run(found)[0]
+    return failures, crashes
+
+
+def rung_until(relay: Relay, condition: Callable[[], Any]) -> None:
+    until(lambda: relay.round() is not None and condition(), 60)
+
+
+@pytest.mark.parametrize("agent", POOLS, ids=lambda agent: agent.pool)
+def test_an_action_that_never_ends_is_ended_at_its_limit_in_every_pool(
+    start: Start, relay: Relay, agent: Agent
+) -> None:
+    worker = start(agent)
+    neighbour = accept(agent, "nap", seconds=50) if agent.slots[1] > 1 else None
+    if neighbour:
+        rung_until(relay, lambda: row(neighbour).state == "running")
+    task_id = accept(agent, "spin")
+    rung_until(relay, lambda: row(task_id).state == "failed")
+    assert row(task_id).error["code"] == "time_limit_exceeded"
+    assert outcomes(task_id) == ["timed_out"]
+    if agent.pool == "prefork":
+        assert worker.poll() is None
+        assert row(neighbour).state == "running", "only its own process is ended"
+        return
+    # A thread cannot be ended: the worker ends itself, and puts back what else it ran.
+    until(lambda: worker.poll() is not None, 20)
+    start(agent)
+    if neighbour:
+        rung_until(relay, lambda: row(neighbour).state == "succeeded")
+        assert outcomes(neighbour) == ["released", "succeeded"]
+        assert charges(neighbour) == (0, 0)
+
+
+@pytest.mark.parametrize("agent", POOLS, ids=lambda agent: agent.pool)
+def test_an_action_that_ignores_its_cancellation_is_ended_in_every_pool(
+    start: Start, relay: Relay, agent: Agent
+) -> None:
+    start(agent)
+    task_id = accept(agent, "nap", seconds=50)
+    rung_until(relay, lambda: row(task_id).state == "running")
+    with db.transaction() as connection:
+        lifecycle.cancel(connection, task_id)
+    rung_until(relay, lambda: row(task_id).state == "cancelled")
+    assert outcomes(task_id) == ["cancelled"]
+
+
+@pytest.mark.parametrize("agent", POOLS, ids=lambda agent: agent.pool)
+def test_a_worker_that_stops_puts_long_tasks_back_uncharged_in_every_pool(
+    start: Start, relay: Relay, agent: Agent
+) -> None:
+    worker = start(agent)
+    task_id = accept(agent, "nap", seconds=50)
+    rung_until(relay, lambda: row(task_id).state == "running")
+    worker.send_signal(signal.SIGTERM)
+    worker.wait(30)
+    assert row(task_id).state == "queued"
+    start(agent)
+    rung_until(relay, lambda: row(task_id).state == "succeeded")
+    assert outcomes(task_id) == ["released", "succeeded"]
+    assert charges(task_id) == (0, 0)
+
+
+def test_a_worker_whose_main_thread_hangs_ends_itself_and_its_task_runs_on_the_next(
+    start: Start, relay: Relay, tmp_path: Path
+) -> None:
+    from sutazai.celery import app
+
+    hung = start(pools.prefork)
+    app.control.broadcast("hang")
+    task_id = accept(pools.prefork, "nap", seconds=0)
+    rung_until(relay, lambda: hung.poll() is not None)
+    assert hung.returncode == -signal.SIGKILL
+    assert "does not consume" in (tmp_path / "log").read_text()
+    assert row(task_id).state == "queued"
+    start(pools.prefork)
+    rung_until(relay, lambda: row(task_id).state == "succeeded")
+    assert outcomes(task_id) == ["succeeded"]
