@@ -100,7 +100,10 @@ def accept_many(
             ids[index] = taken[submission.task_id]
     fresh = [submission.row for submission in plain if submission.task_id not in taken]
     for start in range(0, len(fresh), CHUNK):
-        connection.execute(statements.accept_many(fresh[start : start + CHUNK]))
+        chunk = fresh[start : start + CHUNK]
+        inserted = connection.execute(statements.accept_many(chunk)).all()
+        if len(inserted) < len(chunk):
+            raise QueueDraining("The queue began to drain just now; nothing was accepted.")
     for index, submission in careful:
         ids[index] = accept(connection, submission, rung=False).task_id
     return [ids[index] for index in range(len(submissions))]

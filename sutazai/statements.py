@@ -7,7 +7,7 @@ task passes through are SQL text, which costs a third of the time of an expressi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
@@ -168,10 +168,16 @@ _ACCEPT_ONCE = text(
 )
 
 
-def accept_many(rows: Sequence[Mapping[str, Any]]) -> TextClause:
-    """Insert many tasks at once, without idempotency keys of their own; the relay rings them."""
-    plain = [{**_NO_OPTIONS, "labels": {}, **row} for row in rows]
-    return _ACCEPT_MANY.bindparams(rows=payload.dumps(plain))
+def accept_many(rows: Sequence[Mapping[str, Any]], *, rung: Collection[UUID] = ()) -> TextClause:
+    """Insert many tasks at once, without idempotency keys of their own, as `accept` does.
+
+    `rung`: the ids of those for which the caller publishes a notice right after the commit.
+    Returns the ids of those that were inserted.
+    """
+    plain = [
+        {**_NO_OPTIONS, "labels": {}, "rings": int(row["task_id"] in rung), **row} for row in rows
+    ]
+    return _ACCEPT_MANY.bindparams(rows=payload.dumps(plain), first_ring_s=FIRST_RING_S)
 
 
 _ACCEPT_MANY = text(
@@ -183,16 +189,19 @@ _ACCEPT_MANY = text(
         r.scheduled_by, r.tick_at, r.host, r.idempotency_key, r.concurrency_key, r.callback_url,
         coalesce(r.run_at, now()),
         coalesce(r.deadline_at, now() + make_interval(secs => r.deadline_in_s)),
-        0,
-        CASE WHEN coalesce(r.run_at, now()) <= now() THEN now() END
+        r.rings,
+        CASE WHEN coalesce(r.run_at, now()) <= now()
+             THEN now() + make_interval(secs => r.rings * :first_ring_s) END
     FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS r(
         task_id uuid, agent text, action text, params jsonb, priority smallint,
         max_attempts integer, time_limit_s float8, rerun_after_crash boolean, source text,
         labels jsonb, parent_id uuid, call_index integer, retry_of uuid, scheduled_by text,
         tick_at timestamptz, host text, idempotency_key text, concurrency_key text,
-        callback_url text, run_at timestamptz, deadline_at timestamptz, deadline_in_s float8
+        callback_url text, run_at timestamptz, deadline_at timestamptz, deadline_in_s float8,
+        rings integer
     )
     WHERE NOT EXISTS (SELECT 1 FROM queues WHERE queues.agent = r.agent AND draining)
+    ON CONFLICT DO NOTHING
     RETURNING task_id
     """  # noqa: S608 - the inserted text is a constant
 )

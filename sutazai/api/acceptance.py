@@ -36,7 +36,7 @@ async def accept(front: Front, submission: Submission) -> Accepted:
     options = submission.options
     plain = options.idempotency_key is None and not options.resolves_conflict and limit is None
     # Most tasks: one statement, so one round trip. When it inserts nothing there is a reason.
-    if plain and await store.rows(statements.accept(submission.row, rung=rung)):
+    if plain and await front.group.insert(submission, rung=rung):
         accepted = Accepted(submission.task_id, fresh=True)
     else:
 

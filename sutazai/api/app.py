@@ -28,6 +28,7 @@ from sutazai.api import (
 )
 from sutazai.api.answer import error_answer, refusal
 from sutazai.api.front import Front
+from sutazai.api.group import Group
 from sutazai.api.health import Health
 from sutazai.api.middleware import Entrance
 from sutazai.api.position import Positions
@@ -95,6 +96,7 @@ def create_app(
         positions=Positions(),
         health=Health(agent),
         sample=Sample() if agent.name == SAMPLER else None,
+        group=Group(),
     )
     app.add_middleware(Entrance, metrics=metrics, agent=agent.name)
     app.add_exception_handler(SutazaiError, _refuse)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from starlette.requests import Request
 
 from sutazai.agent import Agent
+from sutazai.api.group import Group
 from sutazai.api.health import Health
 from sutazai.api.position import Positions
 from sutazai.api.sample import Sample
@@ -28,6 +29,7 @@ class Front:
     positions: Positions
     health: Health
     sample: Sample | None
+    group: Group
 
 
 def front_of(request: Request) -> Front:

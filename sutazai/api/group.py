@@ -1,0 +1,87 @@
+"""Group commit: requests that arrive together share one INSERT, and one wait for the disk.
+
+While the writers are busy, rows wait for each other; a row that comes alone waits for nobody.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from typing import NamedTuple
+
+from sutazai import statements
+from sutazai.api import store
+from sutazai.errors import DatabaseUnavailable
+from sutazai.submission import Submission
+
+WRITERS = 2
+"""Two, so that one group is made ready while the other waits for the disk."""
+
+MOST = 100
+"""Rows of one INSERT: more would make the first of them wait too long."""
+
+
+class _Waiting(NamedTuple):
+    submission: Submission
+    rung: bool
+    inserted: asyncio.Future[bool]
+
+
+class Group:
+    """The rows that one front inserts, several with one statement when they come together."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[_Waiting] = deque()
+        self._writers: set[asyncio.Task[None]] = set()
+
+    async def insert(self, submission: Submission, *, rung: bool) -> bool:
+        """Insert a task's row, committed; False: there is a reason why not, or it is there already.
+
+        It has neither an idempotency key nor a conflict to resolve. Raises `DatabaseUnavailable`
+        when that takes too long, and then it may be there or not.
+        """
+        inserted = asyncio.get_running_loop().create_future()
+        self._waiting.append(_Waiting(submission, rung, inserted))
+        if len(self._writers) < WRITERS:
+            writer = asyncio.create_task(self._write())
+            self._writers.add(writer)
+            writer.add_done_callback(self._writers.discard)
+        try:
+            return await asyncio.wait_for(inserted, store.WITHIN_S)
+        except TimeoutError:
+            raise DatabaseUnavailable("PostgreSQL did not answer in time; try again.") from None
+
+    async def _write(self) -> None:
+        while self._waiting:
+            taken = [self._waiting.popleft() for _ in range(min(MOST, len(self._waiting)))]
+            # Those who gave up waiting have been told that nothing was accepted.
+            if rows := [row for row in taken if not row.inserted.done()]:
+                await self._insert(rows)
+
+    async def _insert(self, rows: list[_Waiting]) -> None:
+        if len(rows) == 1:
+            statement = statements.accept(rows[0].submission.row, rung=rows[0].rung)
+        else:
+            rung = {row.submission.task_id for row in rows if row.rung}
+            statement = statements.accept_many([row.submission.row for row in rows], rung=rung)
+        try:
+            found = {row.task_id for row in await store.rows(statement)}
+        except DatabaseUnavailable as error:
+            self._refuse(rows, error)
+        except Exception as error:
+            if len(rows) == 1:
+                self._refuse(rows, error)
+            else:
+                # One of them is at fault, and the others must not pay for it.
+                for row in rows:
+                    await self._insert([row])
+        else:
+            for row in rows:
+                if not row.inserted.done():
+                    row.inserted.set_result(row.submission.task_id in found)
+
+    @staticmethod
+    def _refuse(rows: list[_Waiting], error: Exception) -> None:
+        for row in rows:
+            if not row.inserted.done():
+                row.inserted.set_exception(error)

@@ -1,0 +1,100 @@
+"""Rows that are inserted together, on a real PostgreSQL."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any
+
+import pytest
+from sqlalchemy import text
+
+from sutazai import db, statements
+from sutazai.agent import Agent, Context, NoParams
+from sutazai.api import store
+from sutazai.api.group import MOST, WRITERS, Group
+from sutazai.errors import DatabaseUnavailable
+from sutazai.submission import Options, Submission
+
+pytestmark = pytest.mark.usefixtures("database")
+
+agent = Agent("tester", port=9999, doc="Tests.")
+
+
+@agent.action()
+def work(params: NoParams, context: Context) -> NoParams:
+    """Work."""
+    return params
+
+
+def submission(**options: Any) -> Submission:
+    return Submission(work, {}, Options.model_construct(**options))
+
+
+def run(work: Coroutine[Any, Any, Any]) -> Any:
+    async def bounded() -> Any:
+        try:
+            return await work
+        finally:
+            await db.async_dispose()
+
+    return asyncio.run(bounded())
+
+
+def scalar(sql: str) -> Any:
+    return db.run(text(sql))[0][0]
+
+
+async def insert(group: Group, wanted: list[Submission]) -> list[Any]:
+    inserts = (group.insert(each, rung=number % 2 == 0) for number, each in enumerate(wanted))
+    return await asyncio.gather(*inserts, return_exceptions=True)
+
+
+def test_rows_that_come_together_share_their_commits() -> None:
+    wanted = [submission(labels={"n": str(number)}) for number in range(3 * MOST)]
+    assert run(insert(Group(), wanted)) == [True] * len(wanted)
+    assert scalar("SELECT count(*) FROM tasks") == len(wanted)
+    assert scalar("SELECT count(DISTINCT xmin::text) FROM tasks") <= 3 + WRITERS
+    assert scalar("SELECT count(*) FROM tasks WHERE rings = 1") == len(wanted) / 2
+    in_s = "extract(epoch FROM next_ring_at - created_at)::int"
+    assert scalar(f"SELECT DISTINCT {in_s} FROM tasks WHERE rings = 1") == 15
+    assert scalar(f"SELECT DISTINCT {in_s} FROM tasks WHERE rings = 0") == 0
+
+
+def test_one_row_at_fault_costs_no_other() -> None:
+    wanted = [submission(priority=10**6 if number == 20 else 5) for number in range(50)]
+    found = run(insert(Group(), wanted))
+    assert [each for each in found if each is not True] == [found[20]]
+    assert isinstance(found[20], Exception)
+    assert scalar("SELECT count(*) FROM tasks") == 49
+
+
+def test_what_is_there_or_refused_is_not_inserted() -> None:
+    again = submission()
+    assert run(insert(Group(), [again])) == [True]
+    assert run(insert(Group(), [again, again, submission()])) == [False, False, True]
+    with db.transaction() as connection:
+        connection.execute(statements.set_queue(agent.name, draining=True))
+    assert run(insert(Group(), [submission() for _ in range(10)])) == [False] * 10
+
+
+def test_who_has_given_up_waiting_is_not_inserted_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "WITHIN_S", 0.3)
+
+    async def wait_behind_a_lock() -> None:
+        group = Group()
+        with db.transaction() as connection:
+            connection.execute(text("LOCK TABLE tasks IN ACCESS EXCLUSIVE MODE"))
+            inserts = []
+            for busy in range(1, WRITERS + 1):
+                inserts.append(asyncio.create_task(insert(group, [submission()])))
+                while len(group._writers) < busy or group._waiting:  # noqa: ASYNC110 - a few turns of the loop
+                    await asyncio.sleep(0)
+            inserts += [asyncio.create_task(insert(group, [submission()])) for _ in range(5)]
+            found = [each for [each] in await asyncio.gather(*inserts)]
+        while group._writers:
+            await asyncio.wait(group._writers)
+        assert all(isinstance(each, DatabaseUnavailable) for each in found)
+        assert scalar("SELECT count(*) FROM tasks") <= WRITERS
+
+    run(wait_behind_a_lock())
