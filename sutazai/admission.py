@@ -56,6 +56,10 @@ def accept(
     _check_room(connection, submission, limit)
     joined, replaced = _resolve_conflict(connection, submission)
     if joined is not None:
+        if submission.options.idempotency_key is not None:
+            # From now on the key stands for that task, also when it has ended.
+            row = submission.row | {"task_id": joined}
+            connection.execute(statements.reserve_keys([row]))
         return Accepted(joined, fresh=False)
     statement = statements.accept(submission.row, rung=rung)
     if connection.execute(statement).first() is not None:
@@ -68,11 +72,9 @@ def _existing(connection: Connection, submission: Submission) -> Accepted:
     if submission.parent_id and submission.call_index:
         child = statements.child_of(submission.parent_id, submission.call_index)
         return Accepted(connection.execute(child).scalar_one(), fresh=False)
-    if (
-        submission.tick_at is None
-        and not connection.execute(statements.parent_of(submission.task_id)).all()
-    ):
-        _check_room(connection, submission)  # the queue began to drain just now
+    is_there = connection.execute(statements.parent_of(submission.task_id)).all()
+    if submission.tick_at is None and not is_there:
+        raise _draining(submission.action.agent)  # it did just now
     return Accepted(submission.task_id, fresh=False)
 
 
@@ -103,29 +105,45 @@ def accept_many(
         chunk = fresh[start : start + CHUNK]
         inserted = connection.execute(statements.accept_many(chunk)).all()
         if len(inserted) < len(chunk):
-            raise QueueDraining("The queue began to drain just now; nothing was accepted.")
-    for index, submission in careful:
+            raise _draining(chunk[0]["agent"])  # it did just now
+    # In one order, as the keys before: each locks its concurrency key.
+    for index, submission in sorted(careful, key=lambda item: str(item[1].options.concurrency_key)):
         ids[index] = accept(connection, submission, rung=False).task_id
     return [ids[index] for index in range(len(submissions))]
 
 
 def _reserve(connection: Connection, submissions: Sequence[Submission]) -> dict[UUID, UUID]:
     """Take the idempotency keys of submissions; return the tasks of those that were taken."""
-    keyed = [submission for submission in submissions if submission.options.idempotency_key]
     taken: dict[UUID, UUID] = {}
-    for start in range(0, len(keyed), CHUNK):
-        chunk = keyed[start : start + CHUNK]
+    first: dict[tuple[str, str, str], Submission] = {}
+    for submission in submissions:
+        key = submission.options.idempotency_key
+        if key is not None:
+            holder = (submission.principal, submission.action.agent, key)
+            earlier = first.setdefault(holder, submission)
+            if earlier.fingerprint != submission.fingerprint:
+                raise _reused(key, earlier.task_id)
+            if earlier is not submission:
+                taken[submission.task_id] = earlier.task_id
+    # In the order of the keys, so that two batches with the same ones do not deadlock.
+    wanted = [first[holder] for holder in sorted(first)]
+    for start in range(0, len(wanted), CHUNK):
+        chunk = wanted[start : start + CHUNK]
         rows = [submission.row for submission in chunk]
         free = set(connection.execute(statements.reserve_keys(rows)).scalars())
         for submission in chunk:
             if submission.task_id not in free:
-                known = _replay(connection, submission)
+                known = _replay(connection, submission) or _take_expired(connection, submission)
                 if known is not None:
                     taken[submission.task_id] = known.task_id
-                else:
-                    # The key had expired, and is free now.
-                    connection.execute(statements.reserve_keys([submission.row]))
-    return taken
+    return {task_id: taken.get(first_id, first_id) for task_id, first_id in taken.items()}
+
+
+def _take_expired(connection: Connection, submission: Submission) -> Accepted | None:
+    """Take a key that has expired; or return the task of a request that was quicker."""
+    if connection.execute(statements.reserve_keys([submission.row])).first() is not None:
+        return None
+    return _replay(connection, submission)
 
 
 def _replay(connection: Connection, submission: Submission) -> Accepted | None:
@@ -141,11 +159,15 @@ def _replay(connection: Connection, submission: Submission) -> Accepted | None:
         connection.execute(statements.forget_key(*holder, found.task_id))
         return None
     if found.fingerprint != submission.fingerprint:
-        raise KeyReused(
-            f"The idempotency key {key!r} was used for another request, task {found.task_id}; "
-            "use a new key for a new request."
-        )
+        raise _reused(key, found.task_id)
     return Accepted(found.task_id, fresh=False)
+
+
+def _reused(key: str, task_id: UUID) -> KeyReused:
+    return KeyReused(
+        f"The idempotency key {key!r} was used for another request, task {task_id}; "
+        "use a new key for a new request."
+    )
 
 
 def _check_room(connection: Connection, submission: Submission, limit: int | None = None) -> None:
@@ -154,11 +176,15 @@ def _check_room(connection: Connection, submission: Submission, limit: int | Non
     agent = submission.action.agent
     found = connection.execute(statements.admission(agent, limit)).one()
     if found.draining:
-        raise QueueDraining(
-            f"The queue {agent} drains and takes no new tasks; `sutazai queue resume {agent}`."
-        )
+        raise _draining(agent)
     if found.is_full:
         raise QueueFull(f"The queue {agent} holds {limit} due tasks already; try again later.")
+
+
+def _draining(agent: str) -> QueueDraining:
+    return QueueDraining(
+        f"The queue {agent} drains and takes no new tasks; `sutazai queue resume {agent}`."
+    )
 
 
 def _resolve_conflict(
@@ -178,6 +204,8 @@ def _resolve_conflict(
     unfinished = connection.execute(statements.unfinished_of_key(*key)).scalars().all()
     if not unfinished:
         return None, ()
+    if submission.task_id in unfinished:
+        return submission.task_id, ()  # it was accepted before, and its answer got lost
     match options.on_conflict:
         case "join":
             return unfinished[-1], ()

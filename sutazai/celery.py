@@ -191,7 +191,9 @@ def _bind(made: Celery, action: Action[Any, Any]) -> None:
                 return perform(_site(), action, task_id)
             except NotClaimed:
                 # What is no notice of ours was sent by a program without our app.
-                if self.request.get(NOTICE_HEADER) or not adopt(action, task_id, args, kwargs):
+                if self.request.get(NOTICE_HEADER):
+                    raise
+                if not adopt(_site(), action, task_id, args, kwargs):
                     raise
                 return perform(_site(), action, task_id)
         except (NotClaimed, Requeued, LeaseLost, ValueError):

@@ -556,7 +556,14 @@ def become_due(limit: int) -> Update:
 
 
 def claim(
-    task_id: UUID, *, agent: str, claim_id: UUID, worker: str, worker_id: UUID, host: str
+    task_id: UUID,
+    *,
+    agent: str,
+    action: str,
+    claim_id: UUID,
+    worker: str,
+    worker_id: UUID,
+    host: str,
 ) -> TextClause:
     """Start an attempt, if the task is due here; no row: a stale, doubled or foreign notice.
 
@@ -566,6 +573,7 @@ def claim(
     return _CLAIM.bindparams(
         task_id=task_id,
         agent=agent,
+        action=action,
         claim_id=claim_id,
         worker=worker,
         worker_id=worker_id,
@@ -575,12 +583,20 @@ def claim(
 
 
 def claim_of_key(
-    task_id: UUID, *, agent: str, claim_id: UUID, worker: str, worker_id: UUID, host: str
+    task_id: UUID,
+    *,
+    agent: str,
+    action: str,
+    claim_id: UUID,
+    worker: str,
+    worker_id: UUID,
+    host: str,
 ) -> TextClause:
     """Do the same as `claim` for a task whose concurrency key the caller has locked."""
     return _CLAIM_OF_KEY.bindparams(
         task_id=task_id,
         agent=agent,
+        action=action,
         claim_id=claim_id,
         worker=worker,
         worker_id=worker_id,
@@ -594,7 +610,8 @@ _CLAIM_ANY = """
         state = 'running', attempt = attempt + 1, claim_id = :claim_id, worker = :worker,
         worker_id = :worker_id, started_at = now(), next_ring_at = NULL, held = false,
         lease_expires_at = now() + make_interval(secs => :lease_s)
-    WHERE task_id = :task_id AND agent = :agent AND state = 'queued' AND run_at <= now()
+    WHERE task_id = :task_id AND agent = :agent AND action = :action
+      AND state = 'queued' AND run_at <= now()
       AND (deadline_at IS NULL OR deadline_at > now())
       AND (host IS NULL OR host = :host)
       AND cancel_requested_at IS NULL

@@ -158,7 +158,7 @@ class Submission:
         options = self.options
         asked = [
             *(self.action.full_name, dict(self.params), options.priority),
-            options.run_at.isoformat() if options.run_at else None,
+            options.run_at.astimezone(UTC).isoformat() if options.run_at else None,
         ]
         return hashlib.sha256(payload.dumps_sorted(asked)).hexdigest()
 

@@ -327,6 +327,8 @@ def perform(site: Site, action: Action[Any, Any], task_id: UUID) -> str:
 
     Raises `NotClaimed` when there is nothing to do here, and what `Attempt.run` raises.
     """
+    if action.agent != site.identity.agent:
+        raise NotClaimed  # a message that lay on the wrong queue
     claim_id = uuid4()
     row = _claim(site, action, task_id, claim_id)
     # The time that a task waits to be alone is not its own.
@@ -342,13 +344,19 @@ def perform(site: Site, action: Action[Any, Any], task_id: UUID) -> str:
 
 
 def adopt(
-    action: Action[Any, Any], task_id: UUID, args: Sequence[Any], params: Mapping[str, Any]
+    site: Site,
+    action: Action[Any, Any],
+    task_id: UUID,
+    args: Sequence[Any],
+    params: Mapping[str, Any],
 ) -> bool:
     """Insert the row of a message that a program without our app has sent; False: it has one.
 
     Such a message is promised nothing before that. What does not validate is dropped.
     """
     try:
+        if action.agent != site.identity.agent:
+            raise InvalidInput(f"it came to the queue {site.identity.agent}")
         if args:
             raise InvalidInput("it takes named parameters only")
         submission = Submission(action, params, Options(), "celery", task_id)
@@ -367,6 +375,7 @@ def _claim(site: Site, action: Action[Any, Any], task_id: UUID, claim_id: UUID) 
     identity = site.identity
     claimant: dict[str, Any] = {
         "agent": action.agent,
+        "action": action.name,
         "claim_id": claim_id,
         "worker": identity.name,
         "worker_id": identity.worker_id,

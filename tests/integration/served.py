@@ -116,11 +116,10 @@ class InlineWorker:
 
     def perform(self, agent_name: str, action: str, task_id: UUID) -> None:
         with suppress(worker.NotClaimed, worker.Requeued, TaskFailed, LeaseLost):
-            worker.perform(self.site, agents[agent_name].get(action), task_id)
+            worker.perform(self.site(agent_name), agents[agent_name].get(action), task_id)
 
-    @property
-    def site(self) -> worker.Site:
-        identity = Identity("test-front@here", agent.name, "here")
+    def site(self, agent_name: str) -> worker.Site:
+        identity = Identity(f"{agent_name}@here", agent_name, "here")
         system: Any = None
         return worker.Site(identity, Reports(), agents, system, self)
 

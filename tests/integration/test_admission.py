@@ -248,6 +248,63 @@ def test_a_batch_is_in_order_and_knows_its_keys() -> None:
     assert again == [ids[0], ids[2]]
 
 
+def test_one_key_twice_in_a_batch_is_one_task() -> None:
+    def submission(number: int, key: str | None) -> Submission:
+        return Submission(work, {"number": number}, Options(idempotency_key=key))
+
+    known = accept(number=3, idempotency_key="c").task_id
+    made = [submission(*each) for each in ((1, "a"), (2, "b"), (1, "a"), (3, "c"), (3, "c"))]
+    with db.transaction() as connection:
+        ids = admission.accept_many(connection, made)
+    assert ids == [made[0].task_id, made[1].task_id, made[0].task_id, known, known]
+    assert scalar("SELECT count(*) FROM tasks") == 3
+    other = [submission(1, "d"), submission(2, "d")]
+    with pytest.raises(KeyReused), db.transaction() as connection:
+        admission.accept_many(connection, other)
+    assert scalar("SELECT count(*) FROM idempotency_keys") == 3
+
+
+def test_an_expired_key_of_a_batch_is_taken_anew() -> None:
+    old = accept(number=1, idempotency_key="k").task_id
+    query("UPDATE tasks SET state = 'succeeded', finished_at = now() - interval '8 days'")
+    submission = Submission(work, {"number": 2}, Options(idempotency_key="k"))
+    with db.transaction() as connection:
+        assert admission.accept_many(connection, [submission]) == [submission.task_id]
+    assert accept(number=2, idempotency_key="k").task_id == submission.task_id != old
+
+
+@pytest.mark.parametrize("after", ["drained", "resumed"])
+@pytest.mark.parametrize("way", ["accept", "accept_many"])
+def test_nothing_is_accepted_by_a_queue_that_begins_to_drain_meanwhile(
+    monkeypatch: pytest.MonkeyPatch, way: str, after: str
+) -> None:
+    def drain(draining: bool) -> None:
+        with db.transaction() as connection:
+            connection.execute(statements.set_queue("tester", draining=draining))
+
+    insert = getattr(statements, way)
+
+    def late(*args: Any, **values: Any) -> Any:
+        drain(True)  # between the check and the insertion
+        return insert(*args, **values)
+
+    parent_of = statements.parent_of
+
+    def later(task_id: UUID) -> Any:
+        drain(after == "drained")
+        return parent_of(task_id)
+
+    monkeypatch.setattr(statements, way, late)
+    monkeypatch.setattr(statements, "parent_of", later)
+    hand_over: Any = {
+        "accept": lambda connection, one: admission.accept(connection, one, rung=False),
+        "accept_many": lambda connection, one: admission.accept_many(connection, [one]),
+    }[way]
+    with pytest.raises(QueueDraining), db.transaction() as connection:
+        hand_over(connection, Submission(work, {}, Options()))
+    assert scalar("SELECT count(*) FROM tasks") == 0
+
+
 def test_a_batch_is_all_or_nothing() -> None:
     accept(number=1, idempotency_key="k")
     submissions = [
@@ -318,6 +375,7 @@ def test_a_held_task_is_not_rung_until_its_key_has_room() -> None:
             first,
             lifecycle.KeyLimits(1, None),
             agent="tester",
+            action="work",
             claim_id=claim_id,
             worker="w",
             worker_id=place.identity.worker_id,
@@ -380,6 +438,36 @@ def test_conflicts_are_resolved_as_asked() -> None:
     with db.transaction() as connection:
         found = set(connection.execute(text(unfinished)).scalars())
     assert found == {replacing.task_id, second}
+
+
+@pytest.mark.parametrize("how", ["reject", "join", "replace"])
+def test_the_same_submission_again_is_not_in_its_own_way(how: str) -> None:
+    submission = Submission(
+        work, {}, Options.model_validate({"concurrency_key": "k", "on_conflict": how})
+    )
+    for _ in range(2):  # the first answer was lost
+        with db.transaction() as connection:
+            found = admission.accept(connection, submission, rung=False)
+        assert found.task_id == submission.task_id
+    assert query("SELECT state FROM tasks").scalars().all() == ["queued"]
+
+
+def test_a_key_that_joined_a_task_stands_for_it() -> None:
+    joined = accept(concurrency_key="k").task_id
+    wanted = {"concurrency_key": "k", "on_conflict": "join", "idempotency_key": "i"}
+    assert accept(**wanted).task_id == joined
+    query("UPDATE tasks SET state = 'succeeded', finished_at = now()")
+    assert accept(**wanted).task_id == joined
+    with pytest.raises(KeyReused):
+        accept(number=7, **wanted)
+
+
+def test_the_same_instant_in_another_time_zone_is_the_same_request() -> None:
+    first, second = (
+        accept(idempotency_key="k", run_at=instant).task_id
+        for instant in ("2030-01-01T00:00:00Z", "2030-01-01T01:00:00+01:00")
+    )
+    assert first == second
 
 
 def test_joining_at_once_makes_one_task() -> None:

@@ -214,6 +214,7 @@ def claim(task_id: UUID) -> None:
             statements.claim(
                 task_id,
                 agent=agent.name,
+                action="add",
                 claim_id=uuid4(),
                 worker="w@h",
                 worker_id=uuid4(),

@@ -43,13 +43,16 @@ def accept(action: Action[Any, Any] = work, **options: Any) -> UUID:
     return submission.task_id
 
 
-def claim(task_id: UUID, worker_id: UUID | None = None, host: str = "here") -> Any:
+def claim(
+    task_id: UUID, worker_id: UUID | None = None, host: str = "here", action: str = "work"
+) -> Any:
     claim_id = uuid4()
     with db.transaction() as connection:
         row = connection.execute(
             statements.claim(
                 task_id,
                 agent="tester",
+                action=action,
                 claim_id=claim_id,
                 worker="tester@here",
                 worker_id=worker_id or new_id(),
@@ -210,7 +213,7 @@ def test_neighbours_of_a_crash_are_not_charged() -> None:
 
 def test_what_must_not_run_twice_is_failed() -> None:
     task_id = accept(once)
-    claim(task_id)
+    claim(task_id, action="once")
     expire_lease(task_id)
     rescue()
     assert read(task_id).error["code"] == "worker_lost"

@@ -158,13 +158,13 @@ def test_what_was_rung_before_an_outage_is_rung_again_after_it() -> None:
     host = Identity("tester@here", "tester", "here")
     with db.transaction() as connection:
         connection.execute(statements.enlist({**host.row, "slots": 1}))
-    task_id = accept(work)
     bell = Rung()
     relay = Relay(bell)
+    relay.round()
+    task_id = accept(work)
     passes = threading.Thread(target=relay.run)
     passes.start()
     try:
-        _until(lambda: db.run(text("SELECT count(*) FROM services"))[0].count)
         assert not bell.notices, "its notice is out, for 15 s"
         db.run(
             text(

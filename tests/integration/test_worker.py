@@ -319,14 +319,41 @@ def test_a_worker_that_does_not_consume_restarts_itself(
 
 def test_a_message_of_another_program_is_adopted_once(site: Site) -> None:
     task_id = new_id()
-    assert not worker.adopt(double, task_id, [1], {}), "positional arguments have no names"
-    assert not worker.adopt(double, task_id, [], {"number": "x"})
-    assert worker.adopt(double, task_id, [], {"number": 4})
-    assert not worker.adopt(double, task_id, [], {"number": 4})
+    assert not worker.adopt(site, double, task_id, [1], {}), "positional arguments have no names"
+    assert not worker.adopt(site, double, task_id, [], {"number": "x"})
+    assert worker.adopt(site, double, task_id, [], {"number": 4})
+    assert not worker.adopt(site, double, task_id, [], {"number": 4})
     perform(site, double, task_id)
     row = read(task_id)
     assert (row.state, row.result) == ("succeeded", {"number": 8.0})
-    assert not worker.adopt(double, task_id, [], {"number": 4}), "a second delivery does nothing"
+    assert not worker.adopt(site, double, task_id, [], {"number": 4}), (
+        "a second delivery does nothing"
+    )
+
+
+def test_a_notice_runs_no_other_action_than_the_rows(site: Site) -> None:
+    submission = Submission(double, {"number": 1}, Options())
+    with db.transaction() as connection:
+        admission.accept(connection, submission, rung=True)
+    with pytest.raises(NotClaimed):
+        perform(site, fail, submission.task_id)
+    assert read(submission.task_id).attempt == 0
+
+
+def test_a_message_on_the_wrong_queue_is_neither_run_nor_adopted(site: Site) -> None:
+    elsewhere = Agent("elsewhere", port=9998, doc="Tests.")
+
+    @elsewhere.action()
+    def double(params: Number, context: Context) -> Number:
+        """Double."""
+        return params
+
+    submission = Submission(double, {}, Options())
+    with db.transaction() as connection:
+        admission.accept(connection, submission, rung=True)
+    with pytest.raises(NotClaimed):
+        perform(site, double, submission.task_id)
+    assert not worker.adopt(site, double, new_id(), [], {})
 
 
 def test_a_new_worker_takes_over_at_once_what_its_dead_predecessor_ran(site: Site) -> None:
@@ -339,6 +366,7 @@ def test_a_new_worker_takes_over_at_once_what_its_dead_predecessor_ran(site: Sit
             statements.claim(
                 submission.task_id,
                 agent="tester",
+                action="double",
                 claim_id=new_id(),
                 worker=dead.name,
                 worker_id=dead.worker_id,
