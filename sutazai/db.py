@@ -34,7 +34,7 @@ from sqlalchemy.pool import NullPool
 from sqlalchemy.util import greenlet_spawn
 
 from sutazai import payload
-from sutazai.errors import ConfigurationError, DatabaseUnavailable
+from sutazai.errors import ConfigurationError, DatabaseBusy, DatabaseUnavailable, Deadlock
 from sutazai.settings import settings
 
 set_json_loads(orjson.loads)
@@ -218,10 +218,12 @@ async def async_dispose() -> None:
 
 def _translate(error: Exception) -> Exception:
     if isinstance(error, PoolTimeout):
-        return DatabaseUnavailable("PostgreSQL is busy: no connection became free; try again.")
+        return DatabaseBusy("PostgreSQL is busy: no connection became free; try again.")
     original = error.orig if isinstance(error, DBAPIError) else error
     if isinstance(original, psycopg.errors.QueryCanceled | psycopg.errors.LockNotAvailable):
-        return DatabaseUnavailable("PostgreSQL did not answer in time; try again.")
+        return DatabaseBusy()
+    if isinstance(original, psycopg.errors.DeadlockDetected):
+        return Deadlock()
     if isinstance(original, psycopg.errors.ReadOnlySqlTransaction):
         return DatabaseUnavailable("PostgreSQL is in read-only mode; nothing can be accepted.")
     if isinstance(original, psycopg.OperationalError | psycopg.InterfaceError):

@@ -20,6 +20,8 @@ SutazaiError                     500 internal_error
 ├── QueueFull                    429 queue_full          repeating it later will help
 ├── Unavailable                  503 unavailable         repeating it may help
 │   └── DatabaseUnavailable      503 database_unavailable
+│       └── DatabaseBusy         503 database_unavailable    it is there, and somebody has a lock
+│           └── Deadlock         503 database_unavailable    rolled back: at once again
 ├── Unsupported                  501 unsupported         this installation cannot do that
 ├── LeaseLost                        this attempt is no longer the task's current one
 └── TaskFailed                   500 task_failed         how an accepted task ended
@@ -173,6 +175,14 @@ class DatabaseUnavailable(Unavailable):
     """PostgreSQL does not answer."""
 
     code = "database_unavailable"
+
+
+class DatabaseBusy(DatabaseUnavailable):
+    """PostgreSQL did not answer in time; try again."""
+
+
+class Deadlock(DatabaseBusy):
+    """Two transactions waited for each other, and this one was rolled back; try again."""
 
 
 class Unsupported(SutazaiError):

@@ -253,8 +253,10 @@ class Keeper(threading.Thread):
             if gone:
                 connection.execute(statements.discharge(gone))
                 rescued = lifecycle.rescue(connection, statements.running_on(gone))
-                connection.execute(statements.ring_agent_again(identity.agent))
-                _logger.warning("took over from a dead worker", rescued=len(rescued))
+                connection.execute(statements.ring_again(identity.agent))
+        if gone:
+            redis.announce_ended(rescued.ended)
+            _logger.warning("took over from a dead worker", rescued=rescued.tasks)
 
     def drain(self) -> None:
         """Bound the time that running tasks may take from now on."""
@@ -381,7 +383,7 @@ class Keeper(threading.Thread):
         if idle_s < STUCK_S or not self._consuming() or len(self._running) >= self._slots():
             return
         identity = self._identity
-        claimable = statements.claimable(identity.agent, identity.host, STUCK_S)
+        claimable = statements.claimable(identity.agent, identity.host, identity.worker_id, STUCK_S)
         if not db.run(claimable)[0].found or not self._broker_answers():
             return
         _logger.error("the worker does not consume; it restarts", idle_s=round(idle_s, 1))
@@ -418,13 +420,16 @@ class Keeper(threading.Thread):
             if running.pid == own or _is_alive(running.pid):
                 continue
             self._take_reports()
-            if self._running.pop(running.claim_id, None) is None:
+            if running.claim_id not in self._running:
                 continue
             with db.transaction() as connection:
                 lost = statements.running_claim(running.task_id, running.claim_id)
                 rescued = lifecycle.rescue(connection, lost, own_process=True)
+            # Only now: while PostgreSQL is away it is tried again, so that it is never forgotten.
+            self._running.pop(running.claim_id)
+            redis.announce_ended(rescued.ended)
             _logger.warning(
-                "the process of a task died", task_id=str(running.task_id), rescued=len(rescued)
+                "the process of a task died", task_id=str(running.task_id), rescued=rescued.tasks
             )
 
     def _finish_by_force(self, running: Running, error: TaskFailed, outcome: Outcome) -> None:
@@ -437,31 +442,22 @@ class Keeper(threading.Thread):
             _kill_process(running.pid)
         described = lifecycle.error_json(error)
         state = State.CANCELLED if outcome is Outcome.CANCELLED else State.FAILED
+        ended: list[lifecycle.Ended] | None = None
         with db.transaction() as connection:
             row = connection.execute(statements.charge(running.task_id)).first()
-            parent_id = row.parent_id if row else None
-            failures = row.failures + 1 if row else 1
-            retried = bool(row and outcome is Outcome.TIMED_OUT and failures < row.max_attempts)
-            attempt = (connection, running.task_id, running.claim_id)
-            if retried:
-                recorded = lifecycle.requeue(
-                    *attempt,
-                    outcome,
-                    parent_id=parent_id,
-                    delay_s=lifecycle.backoff_s(failures),
-                    failures=1,
-                    error=described,
-                )
-            else:
-                recorded = lifecycle.end(
-                    *attempt, state, outcome, parent_id=parent_id, error=described
-                )
+            if row is not None:
+                held = _held(row, running)
+                failures = row.failures + 1
+                if outcome is Outcome.TIMED_OUT and failures < row.max_attempts:
+                    delay_s = lifecycle.backoff_s(failures)
+                    charged = {"failures": 1, "delay_s": delay_s, "error": described}
+                    ended = lifecycle.requeue(connection, held, outcome, **charged)
+                else:
+                    ended = lifecycle.end(connection, held, state, outcome, error=described)
         self._running.pop(running.claim_id, None)
-        if recorded:
+        if ended is not None:
             _logger.warning("ended a task by force", task_id=str(running.task_id), **described)
-            if not retried:
-                agent = self._identity.agent
-                redis.announce(agent, running.task_id, kind="state", state=state.value)
+            redis.announce_ended(ended)
         if running.pid == os.getpid():
             self._end_process()
 
@@ -483,15 +479,17 @@ class Keeper(threading.Thread):
         with contextlib.suppress(DatabaseUnavailable), db.transaction() as connection:
             for running in self._running.values():
                 row = connection.execute(statements.charge(running.task_id)).first()
-                lifecycle.requeue(
-                    connection,
-                    running.task_id,
-                    running.claim_id,
-                    Outcome.RELEASED,
-                    parent_id=row.parent_id if row else None,
-                )
+                if row is not None:
+                    lifecycle.requeue(connection, _held(row, running), Outcome.RELEASED)
             connection.execute(statements.discharge([self._identity.worker_id]))
             # The notices that it holds go with it.
-            connection.execute(statements.ring_agent_again(self._identity.agent))
+            connection.execute(statements.ring_again(self._identity.agent))
         _logger.warning("the worker ends itself; its supervisor starts another")
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _held(row: Any, running: Running) -> lifecycle.Claim:
+    """Return the claim that an attempt was reported with, whoever may hold the task by now."""
+    return lifecycle.Claim(
+        row.task_id, running.claim_id, row.agent, row.parent_id, row.concurrency_key
+    )

@@ -1,8 +1,9 @@
 """The verbs of a task's life that take more than one statement, each within one transaction.
 
 They are plain functions of a connection; fronts run them through `AsyncConnection.run_sync`.
-docs/lifecycle.md is the chart. The order of locks is the same everywhere: the parent first, then
-the task, so that two children that end together cannot both overlook each other.
+docs/lifecycle.md is the chart. The order of locks is the same everywhere: the concurrency key, the
+parent, the task, and then upwards from the parent. Without the parent's lock two children that end
+together would both overlook each other.
 """
 
 from __future__ import annotations
@@ -39,6 +40,16 @@ class KeyLimits(NamedTuple):
     rate_per_s: float | None
 
 
+class Claim(NamedTuple):
+    """An attempt that runs, and what must be locked before its task."""
+
+    task_id: UUID
+    claim_id: UUID
+    agent: str
+    parent_id: UUID | None
+    concurrency_key: str | None
+
+
 class Ended(NamedTuple):
     """A task that became terminal, for those who wait for it."""
 
@@ -49,51 +60,72 @@ class Ended(NamedTuple):
 
 def end(
     connection: Connection,
-    task_id: UUID,
-    claim_id: UUID,
+    held: Claim,
     state: State,
     outcome: Outcome,
     *,
-    parent_id: UUID | None = None,
     result: Mapping[str, Any] | None = None,
     error: Mapping[str, Any] | None = None,
-) -> bool:
-    """Make a running task terminal and wake its parent; False: this attempt lost its lease."""
-    if parent_id:
-        connection.execute(statements.lock(parent_id))
-    done = connection.execute(
-        statements.finish(task_id, claim_id, state, outcome, result=result, error=error)
-    ).first()
-    _follow(connection, done, parent_id)
-    return done is not None
+) -> list[Ended] | None:
+    """Make a running task terminal; return all that has ended with it, or None: lease lost."""
+    _lock_before(connection, [held])
+    finish = statements.finish(
+        held.task_id, held.claim_id, state, outcome, result=result, error=error
+    )
+    return _follow(connection, held, connection.execute(finish).first())
 
 
 def requeue(
-    connection: Connection,
-    task_id: UUID,
-    claim_id: UUID,
-    outcome: Outcome,
-    *,
-    parent_id: UUID | None = None,
-    **charge: Any,
-) -> bool:
-    """Put a running task back (or end it, when it was cancelled meanwhile)."""
-    if parent_id:
-        connection.execute(statements.lock(parent_id))
-    done = connection.execute(statements.requeue(task_id, claim_id, outcome, **charge)).first()
-    _follow(connection, done, parent_id)
-    return done is not None
+    connection: Connection, held: Claim, outcome: Outcome, **charge: Any
+) -> list[Ended] | None:
+    """Put a running task back; return what has ended (it was cancelled), or None: lease lost."""
+    _lock_before(connection, [held])
+    left = statements.requeue(held.task_id, held.claim_id, outcome, **charge)
+    return _follow(connection, held, connection.execute(left).first())
 
 
-def _follow(connection: Connection, left: Row[Any] | None, parent_id: UUID | None) -> None:
+def delegate(connection: Connection, held: Claim, child_id: UUID) -> list[Ended] | None:
+    """Let a running task wait for its child, which may have ended already; None: lease lost."""
+    _lock_before(connection, [held._replace(parent_id=None)])
+    connection.execute(statements.lock([held.task_id]))
+    left = statements.wait_for_child(held.task_id, held.claim_id, child_id)
+    row = connection.execute(left).first()
+    ended = _follow(connection, held._replace(parent_id=None), row)
+    if ended is None:
+        return None
+    if connection.execute(statements.cancel_requested(held.task_id)).scalar():
+        ended += cancel(connection, child_id)
+    return ended + wake_parent(connection, child_id, held.task_id)
+
+
+def _lock_before(connection: Connection, held: Sequence[Claim]) -> set[UUID]:
+    """Lock the keys and parents of tasks, in one order, before the tasks themselves.
+
+    Returns the parents that are locked: with several tasks, one that somebody else holds is left
+    out, and must not keep the others from being seen to.
+    """
+    keys = {(each.agent, each.concurrency_key) for each in held if each.concurrency_key}
+    for agent, key in sorted(keys):
+        connection.execute(statements.lock_key_of(agent, key))
+    parents = sorted({each.parent_id for each in held if each.parent_id})
+    if not parents:
+        return set()
+    lock = statements.lock(parents, skip_locked=len(held) > 1)
+    return set(connection.execute(lock).scalars())
+
+
+def _follow(connection: Connection, held: Claim, left: Row[Any] | None) -> list[Ended] | None:
     """Do what follows when a task has left running: its parent and its key may go on."""
     if left is None:
-        return
-    if parent_id:
-        wake_parent(connection, left.task_id, parent_id)
-    if left.concurrency_key:
-        connection.execute(statements.lock_key_of(left.agent, left.concurrency_key))
-        connection.execute(statements.wake_key(left.agent, left.concurrency_key))
+        return None
+    ended = []
+    if State(left.state).is_terminal:
+        ended.append(Ended(held.task_id, held.agent, left.state))
+        if held.parent_id:
+            ended += wake_parent(connection, held.task_id, held.parent_id)
+    if held.concurrency_key:
+        connection.execute(statements.wake_key(held.agent, held.concurrency_key))
+    return ended
 
 
 def claim(
@@ -125,18 +157,6 @@ def claim(
     return row
 
 
-def delegate(connection: Connection, task_id: UUID, claim_id: UUID, child_id: UUID) -> bool:
-    """Let a running task wait for its child, which may have ended already."""
-    connection.execute(statements.lock(task_id))
-    done = connection.execute(statements.wait_for_child(task_id, claim_id, child_id)).first()
-    if done and connection.execute(statements.cancel_requested(task_id)).scalar():
-        cancel(connection, child_id)
-    _follow(connection, done, None)
-    if done:
-        wake_parent(connection, child_id, task_id)
-    return done is not None
-
-
 def wake_parent(connection: Connection, task_id: UUID, parent_id: UUID) -> list[Ended]:
     """Give the outcome of an ended task to the ancestors that wait for it."""
     woken = []
@@ -145,7 +165,7 @@ def wake_parent(connection: Connection, task_id: UUID, parent_id: UUID) -> list[
         woken.append(Ended(row.task_id, row.agent, row.state))
         if row.parent_id is None:
             break
-        connection.execute(statements.lock(row.parent_id))
+        connection.execute(statements.lock([row.parent_id]))
         row = connection.execute(statements.advance_parent(row.task_id, row.parent_id)).first()
     return woken
 
@@ -155,27 +175,31 @@ def cancel(connection: Connection, task_id: UUID) -> list[Ended]:
 
     A running task learns of it through its context, and is ended by force after the grace.
     """
-    parent_id = connection.execute(statements.parent_of(task_id)).scalar()
-    if parent_id:
-        connection.execute(statements.lock(parent_id))
-    row = connection.execute(statements.cancel(task_id)).first()
-    if row is None:
-        return []
-    if row.state == State.WAITING and row.child_id:
-        return cancel(connection, row.child_id)
-    if row.state != State.CANCELLED:
-        return []
-    return [Ended(task_id, row.agent, row.state)] + (
-        wake_parent(connection, task_id, parent_id) if parent_id else []
-    )
+    line = connection.execute(statements.line_of(task_id)).all()
+    if len(line) > 1:
+        # Upwards, as a task that ends wakes those that wait: but its parent before the task.
+        *above, parent, last = [row.task_id for row in line]
+        for each in (parent, last, *reversed(above)):
+            connection.execute(statements.lock([each]))
+    if line and line[0].parent_id:
+        connection.execute(statements.lock([line[0].parent_id]))
+    for row in line:
+        now = connection.execute(statements.cancel(row.task_id)).first()
+        if now is None or now.state == State.RUNNING:
+            break
+        if now.state == State.CANCELLED:
+            woken = wake_parent(connection, row.task_id, row.parent_id) if row.parent_id else []
+            return [Ended(row.task_id, now.agent, now.state), *woken]
+        if row is line[-1] and now.child_id:
+            return cancel(connection, now.child_id)  # it has begun to wait just now
+    return []
 
 
 def expire(connection: Connection, limit: int = 500) -> list[Ended]:
-    """Fail queued tasks whose deadline has passed."""
-    late = connection.execute(statements.past_deadline(limit)).all()
+    """Fail queued tasks whose deadline has passed; one that somebody works on is left for later."""
+    late = _lockable(connection, statements.past_deadline(limit))
     if not late:
         return []
-    _lock_parents(connection, late)
     error = error_json(DeadlineExceeded("The deadline passed before a worker was free."))
     gone = []
     for row in connection.execute(
@@ -187,31 +211,46 @@ def expire(connection: Connection, limit: int = 500) -> list[Ended]:
     return gone
 
 
-def rescue(connection: Connection, lost: Select[Any], *, own_process: bool = False) -> list[Ended]:
+class Rescued(NamedTuple):
+    """What taking back the tasks of dead workers came to."""
+
+    tasks: int
+    ended: list[Ended]
+
+
+def rescue(connection: Connection, lost: Select[Any], *, own_process: bool = False) -> Rescued:
     """Take back the tasks of dead workers: queued again, or failed when that must not be.
 
     A crash is charged only when the task's own process died (`own_process`), or its worker died
     while it ran nothing else; otherwise a neighbour may be to blame.
     """
-    known = _lock_parents(connection, connection.execute(lost).all())
-    rows = [
-        row
-        for row in connection.execute(lost.with_for_update(skip_locked=True)).all()
-        if row.parent_id is None or row.parent_id in known
-    ]
+    rows = _lockable(connection, lost)
     alone = {row.task_id: row.neighbours == 0 for row in rows}  # before any of them has moved
+    ended: list[Ended] = []
+    for row in rows:
+        charged = own_process or (row.worker_is_dead and alone[row.task_id])
+        ended += _rescue_one(connection, row, charged=charged) or ()
+    return Rescued(len(rows), ended)
+
+
+def _lockable(connection: Connection, wanted: Select[Any]) -> Sequence[Row[Any]]:
+    """Return the rows of a query, locked, without those that somebody else has locked."""
+    found = connection.execute(wanted).all()
+    if not found:
+        return []
+    locked = _lock_before(connection, [_claim_of(row) for row in found])
     return [
-        Ended(row.task_id, row.agent, State.FAILED)
-        for row in rows
-        if _rescue_one(
-            connection,
-            row,
-            charged=own_process or (row.worker_is_dead and alone[row.task_id]),
-        )
+        row
+        for row in connection.execute(wanted.with_for_update(skip_locked=True)).all()
+        if row.parent_id is None or row.parent_id in locked
     ]
 
 
-def _rescue_one(connection: Connection, row: Row[Any], *, charged: bool) -> bool:
+def _claim_of(row: Row[Any]) -> Claim:
+    return Claim(row.task_id, row.claim_id, row.agent, row.parent_id, row.concurrency_key)
+
+
+def _rescue_one(connection: Connection, row: Row[Any], *, charged: bool) -> list[Ended] | None:
     crashes = row.crashes + int(charged)
     fatal: SutazaiError | None = None
     if not row.rerun_after_crash:
@@ -219,33 +258,16 @@ def _rescue_one(connection: Connection, row: Row[Any], *, charged: bool) -> bool
     elif crashes > CRASHES_ALLOWED:
         fatal = Poison(f"The task's process died {crashes} times; it is not tried again.")
     if fatal:
-        return end(
-            connection,
-            row.task_id,
-            row.claim_id,
-            State.FAILED,
-            Outcome.LOST,
-            parent_id=row.parent_id,
-            error=error_json(fatal),
-        )
+        error = error_json(fatal)
+        return end(connection, _claim_of(row), State.FAILED, Outcome.LOST, error=error)
     return requeue(
         connection,
-        row.task_id,
-        row.claim_id,
+        _claim_of(row),
         Outcome.LOST,
-        parent_id=row.parent_id,
         crashes=int(charged),
         delay_s=SECOND_CRASH_DELAY_S if charged and crashes > 1 else 0.0,
         error=error_json(WorkerLost("The worker died while the task ran.")),
     )
-
-
-def _lock_parents(connection: Connection, rows: Sequence[Row[Any]]) -> set[UUID]:
-    """Lock the parents of rows, in one order, before the rows themselves."""
-    parents = {row.parent_id for row in rows if row.parent_id}
-    for parent_id in sorted(parents):
-        connection.execute(statements.lock(parent_id))
-    return parents
 
 
 def backoff_s(failures: int, *, base_s: float = 1.0, most_s: float = 300.0) -> float:

@@ -114,11 +114,11 @@ _QUEUED = tasks.c.state == State.QUEUED.value
 
 # UUIDv7 ids grow with time, so task_id stands for age wherever order matters.
 Index(
-    "tasks_unrung",
+    "tasks_due",
     tasks.c.agent,
     tasks.c.priority.desc(),
     tasks.c.task_id,
-    postgresql_where=_QUEUED & (tasks.c.rings == 0) & tasks.c.next_ring_at.is_not(None),
+    postgresql_where=_QUEUED & tasks.c.next_ring_at.is_not(None),
 )
 Index(
     "tasks_rung",
@@ -173,9 +173,9 @@ Index("tasks_agent", tasks.c.agent, tasks.c.task_id)
 Index("tasks_parent", tasks.c.parent_id, postgresql_where=tasks.c.parent_id.is_not(None))
 Index("tasks_finished", tasks.c.finished_at, postgresql_where=tasks.c.finished_at.is_not(None))
 Index(
-    "tasks_finished_scheduled",
+    "tasks_finished_tick",
     tasks.c.finished_at,
-    postgresql_where=tasks.c.finished_at.is_not(None) & tasks.c.scheduled_by.is_not(None),
+    postgresql_where=tasks.c.finished_at.is_not(None) & tasks.c.tick_at.is_not(None),
 )
 Index(
     "tasks_scheduled",

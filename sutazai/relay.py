@@ -14,7 +14,7 @@ from uuid import uuid4
 from sutazai import db, lifecycle, log, redis, statements
 from sutazai.bell import WINDOWS_KEY, Bell, Notice, window
 from sutazai.callbacks import Courier
-from sutazai.errors import DatabaseUnavailable
+from sutazai.errors import DatabaseBusy, DatabaseUnavailable
 from sutazai.settings import settings
 
 if TYPE_CHECKING:
@@ -66,6 +66,9 @@ class Relay:
         while not self._stopping.wait(pause_s):
             try:
                 pause_s = BUSY_PASS_S if self.round() else IDLE_PASS_S
+            except DatabaseBusy as error:
+                pause_s = IDLE_PASS_S
+                _logger.warning("a pass did not come to its end", reason=str(error))
             except DatabaseUnavailable as error:
                 self._steady_since = None
                 self._was_away = True
@@ -96,9 +99,6 @@ class Relay:
         now = time.monotonic()
         self._steady_since = self._steady_since or now
         with db.transaction() as connection:
-            if now - self._served_at >= HEARTBEAT_S:
-                self._served_at = now
-                connection.execute(statements.serve("relay", self._instance))
             if self._was_away:
                 # A crash of PostgreSQL forgets claims: their notices are gone, their rows queued.
                 connection.execute(statements.ring_again())
@@ -121,6 +121,11 @@ class Relay:
         if now - self._pruned_at >= PRUNE_EACH_S:
             self._pruned_at = now
             self._prune()
+        if now - self._served_at >= HEARTBEAT_S:
+            # After the pass: a relay that gets nowhere must not seem to live.
+            self._served_at = now
+            with db.transaction() as connection:
+                connection.execute(statements.serve("relay", self._instance))
         return rung
 
     def _ring(self, agent: Row[tuple[str, int, int]]) -> int | None:
@@ -129,10 +134,12 @@ class Relay:
         if depth is None:
             return None
         room = self._window(agent) - depth
+        if room <= 0:
+            return 0
         with db.transaction() as connection:
-            overdue = statements.ring_overdue(agent.agent, CHUNK, queue_empty=depth == 0)
+            overdue = statements.ring_overdue(agent.agent, room, queue_empty=depth == 0)
             rows = list(connection.execute(overdue))
-            if room - len(rows) > 0:
+            if len(rows) < room:
                 rows += connection.execute(statements.ring_unrung(agent.agent, room - len(rows)))
         # PostgreSQL does not promise the order of RETURNING; notices go out by priority, then age.
         notices = sorted((Notice(*row) for row in rows), key=lambda n: (-n.priority, n.task_id))
@@ -174,8 +181,9 @@ class Relay:
     def _rescue(self) -> None:
         with db.transaction() as connection:
             rescued = lifecycle.rescue(connection, statements.lease_expired(CHUNK))
-        if rescued:
-            _logger.warning("took back tasks of lost workers", rescued=len(rescued))
+        if rescued.tasks:
+            redis.announce_ended(rescued.ended)
+            _logger.warning("took back tasks of lost workers", rescued=rescued.tasks)
 
     def _prune(self) -> None:
         for after_s, scheduled in ((RETENTION_S, False), (SCHEDULED_RETENTION_S, True)):
@@ -185,7 +193,6 @@ class Relay:
                     if connection.execute(old).scalar_one() < CHUNK:
                         break
         with db.transaction() as connection:
-            connection.execute(statements.prune_keys(CHUNK))
             connection.execute(statements.prune_concurrency_keys(CHUNK))
             connection.execute(statements.prune_workers(WORKERS_RETENTION_S))
             connection.execute(statements.prune_services(WORKERS_RETENTION_S))

@@ -465,6 +465,7 @@ def ring_unrung(agent: str, limit: int) -> Update:
             _QUEUED,
             tasks.c.agent == agent,
             tasks.c.rings == 0,
+            tasks.c.next_ring_at.is_not(None),
             tasks.c.next_ring_at <= _NOW,
         )
         .order_by(tasks.c.priority.desc(), tasks.c.task_id)
@@ -521,17 +522,18 @@ def put_off(task_id: UUID) -> Update:
     )
 
 
-def ring_again() -> Update:
-    """Make every row due that was rung: its notice may be lost, or its claim forgotten."""
-    return update(tasks).where(_QUEUED, tasks.c.rings > 0).values(next_ring_at=_NOW)
+def ring_again(agent: str | None = None) -> Update:
+    """Make rows due that were rung, of one agent or of all: their notices are lost.
 
-
-def ring_agent_again(agent: str) -> Update:
-    """After a worker's death, which may have held notices: its queue's rung rows are due now."""
+    The broker lost its queues, a worker died with what it held, or a crash of PostgreSQL forgot
+    claims. What somebody works on just now is left out.
+    """
+    rung = select(tasks.c.task_id).where(_QUEUED, tasks.c.rings > 0)
+    if agent is not None:
+        rung = rung.where(tasks.c.agent == agent)
+    chosen = rung.with_for_update(skip_locked=True).cte("chosen")
     return (
-        update(tasks)
-        .where(_QUEUED, tasks.c.agent == agent, tasks.c.rings > 0)
-        .values(next_ring_at=_NOW)
+        update(tasks).where(tasks.c.task_id.in_(select(chosen.c.task_id))).values(next_ring_at=_NOW)
     )
 
 
@@ -739,9 +741,32 @@ def cancellation(task_id: UUID, claim_id: UUID) -> Select[Any]:
 # --- the ways out of running ----------------------------------------------------------------
 
 
-def lock(task_id: UUID) -> Select[Any]:
-    """Lock a row until the transaction ends."""
-    return select(tasks.c.task_id).where(tasks.c.task_id == task_id).with_for_update()
+def lock(task_ids: Sequence[UUID], *, skip_locked: bool = False) -> Select[Any]:
+    """Lock tasks in the order of their ids, and return those that are locked."""
+    return (
+        select(tasks.c.task_id)
+        .where(tasks.c.task_id.in_(task_ids))
+        .order_by(tasks.c.task_id)
+        .with_for_update(skip_locked=skip_locked)
+    )
+
+
+def line_of(task_id: UUID) -> TextClause:
+    """Return a task, the child that it waits for, the child that this one waits for, and so on."""
+    return _LINE_OF.bindparams(task_id=task_id)
+
+
+_LINE_OF = text(
+    """
+    WITH RECURSIVE line AS (
+        SELECT task_id, parent_id, child_id, state, 0 AS depth FROM tasks WHERE task_id = :task_id
+        UNION ALL
+        SELECT t.task_id, t.parent_id, t.child_id, t.state, line.depth + 1
+        FROM line JOIN tasks t ON t.task_id = line.child_id WHERE line.state = 'waiting'
+    )
+    SELECT task_id, parent_id FROM line ORDER BY depth
+    """
+)
 
 
 def finish(
@@ -780,7 +805,7 @@ _FINISH = text(
         SELECT task_id, attempt, claim_id, worker, started_at, :outcome, CAST(:error AS jsonb)
         FROM ended
     )
-    SELECT task_id, agent, concurrency_key FROM ended
+    SELECT :state AS state FROM ended
     """
 )
 
@@ -843,8 +868,7 @@ def _leave(
         .values(lease_expires_at=None, **values)
         .returning(
             tasks.c.task_id,
-            tasks.c.agent,
-            tasks.c.concurrency_key,
+            tasks.c.state,
             tasks.c.attempt,
             tasks.c.claim_id,
             tasks.c.worker,
@@ -868,14 +892,20 @@ def _leave(
         )
         .cte("recorded")
     )
-    return select(left.c.task_id, left.c.agent, left.c.concurrency_key).add_cte(recorded)
+    return select(left.c.state).add_cte(recorded)
 
 
 def charge(task_id: UUID) -> Select[Any]:
-    """Return what decides whether a task is tried again."""
-    return select(tasks.c.failures, tasks.c.max_attempts, tasks.c.parent_id).where(
-        tasks.c.task_id == task_id
-    )
+    """Return what decides whether a task is tried again, and what is locked before it."""
+    return select(
+        tasks.c.task_id,
+        tasks.c.claim_id,
+        tasks.c.agent,
+        tasks.c.parent_id,
+        tasks.c.concurrency_key,
+        tasks.c.failures,
+        tasks.c.max_attempts,
+    ).where(tasks.c.task_id == task_id)
 
 
 def outcome_of(task_id: UUID, claim_id: UUID) -> Select[Any]:
@@ -951,7 +981,13 @@ def advance_parent(child_id: UUID, parent_id: UUID) -> Update:
 def past_deadline(limit: int) -> Select[Any]:
     """Find queued tasks whose deadline has passed."""
     return (
-        select(tasks.c.task_id, tasks.c.parent_id)
+        select(
+            tasks.c.task_id,
+            tasks.c.claim_id,
+            tasks.c.agent,
+            tasks.c.parent_id,
+            tasks.c.concurrency_key,
+        )
         .where(_QUEUED, tasks.c.deadline_at <= _NOW)
         .limit(limit)
     )
@@ -987,6 +1023,7 @@ _RESCUE = (
     tasks.c.crashes,
     tasks.c.rerun_after_crash,
     tasks.c.parent_id,
+    tasks.c.concurrency_key,
     _NEIGHBOURS.label("neighbours"),
     (~_WORKER_LIVES).label("worker_is_dead"),
 )
@@ -1092,20 +1129,20 @@ _BUSY = """
     FROM workers w
     WHERE w.stopped_at IS NULL AND w.heartbeat_at > now() - make_interval(secs => :dead_s)
       AND NOT EXISTS (SELECT 1 FROM queues q WHERE q.agent = w.agent AND q.paused)
-      AND (EXISTS (SELECT 1 FROM tasks t WHERE t.agent = w.agent AND t.state = 'queued'
-                   AND t.rings = 0 AND t.next_ring_at IS NOT NULL)
-           OR EXISTS (SELECT 1 FROM tasks t WHERE t.agent = w.agent AND t.state = 'queued'
-                      AND t.rings > 0))
+      AND EXISTS (SELECT 1 FROM tasks t WHERE t.agent = w.agent AND t.state = 'queued'
+                  AND t.next_ring_at IS NOT NULL)
     GROUP BY w.agent
 """
 
 
-def claimable(agent: str, host: str, age_s: float) -> TextClause:
+def claimable(agent: str, host: str, worker_id: UUID, age_s: float) -> TextClause:
     """Return whether tasks that a worker on a host could claim have waited for so long.
 
-    Only while a relay lives, which rings them: without one no worker is to blame.
+    Only while a relay lives, which rings them, and while no task must be alone on the worker.
     """
-    return _CLAIMABLE.bindparams(agent=agent, host=host, age_s=age_s, relay_s=SERVICE_DEAD_S)
+    return _CLAIMABLE.bindparams(
+        agent=agent, host=host, worker_id=worker_id, age_s=age_s, relay_s=SERVICE_DEAD_S
+    )
 
 
 _CLAIMABLE = text(
@@ -1116,6 +1153,8 @@ _CLAIMABLE = text(
           AND run_at < now() - make_interval(secs => :age_s)
           AND (host IS NULL OR host = :host) AND (deadline_at IS NULL OR deadline_at > now())
     ) AND NOT EXISTS (SELECT 1 FROM queues WHERE queues.agent = :agent AND paused)
+      AND NOT EXISTS (SELECT 1 FROM tasks s
+                      WHERE s.worker_id = :worker_id AND s.state = 'running' AND s.crashes > 0)
       AND EXISTS (SELECT 1 FROM services WHERE kind = 'relay'
                   AND heartbeat_at > now() - make_interval(secs => :relay_s)) AS found
     """
@@ -1424,23 +1463,26 @@ _ENDED = text(
 )
 
 
-def queue_position(task_id: UUID, agent: str, priority: int) -> Select[Any]:
+def queue_position(task_id: UUID, agent: str, priority: int) -> TextClause:
     """Count the queued tasks before this one; `DEPTH_LIMIT` + 1 means more than that."""
-    before = (
-        select(literal(1))
-        .where(
-            _QUEUED,
-            tasks.c.agent == agent,
-            tasks.c.next_ring_at.is_not(None),
-            or_(
-                tasks.c.priority > priority,
-                and_(tasks.c.priority == priority, tasks.c.task_id < task_id),
-            ),
-        )
-        .limit(DEPTH_LIMIT + 1)
-        .subquery()
+    return _QUEUE_POSITION.bindparams(
+        task_id=task_id, agent=agent, priority=priority, bound=DEPTH_LIMIT + 1
     )
-    return select(func.count()).select_from(before)
+
+
+_QUEUE_POSITION = text(
+    """
+    SELECT count(*) AS count FROM (
+        SELECT 1 FROM tasks
+        WHERE agent = :agent AND state = 'queued' AND next_ring_at IS NOT NULL
+          AND priority > :priority
+        UNION ALL
+        SELECT 1 FROM tasks
+        WHERE agent = :agent AND state = 'queued' AND next_ring_at IS NOT NULL
+          AND priority = :priority AND task_id < :task_id
+        LIMIT :bound) AS bounded
+    """
+)
 
 
 _STATUS = """
@@ -1451,9 +1493,11 @@ _STATUS = """
                 SELECT 1 FROM tasks t
                 WHERE t.agent = a.agent AND t.state = 'queued' AND t.next_ring_at IS NOT NULL
                 LIMIT :bound) AS bounded) AS depth,
-           (SELECT extract(epoch FROM now() - min(x.run_at)) FROM (
+           (SELECT extract(epoch FROM now() - min(x.run_at))
+            FROM generate_series(0, 9) AS level(priority) CROSS JOIN LATERAL (
                 SELECT t.run_at FROM tasks t
                 WHERE t.agent = a.agent AND t.state = 'queued' AND t.next_ring_at IS NOT NULL
+                  AND t.priority = level.priority
                 ORDER BY t.task_id LIMIT 1) AS x) AS oldest_age_s,
            (SELECT count(*) FROM tasks t
             WHERE t.agent = a.agent AND t.state = 'running') AS running,
@@ -1465,6 +1509,8 @@ _STATUS = """
                 'id', w.name, 'host', w.host, 'pid', w.pid,
                 'heartbeat_age_s', extract(epoch FROM now() - w.heartbeat_at),
                 'slots', w.slots, 'running', w.running, 'consuming', w.consuming,
+                'alone', EXISTS (SELECT 1 FROM tasks s WHERE s.worker_id = w.worker_id
+                                 AND s.state = 'running' AND s.crashes > 0),
                 'idle_s', extract(epoch FROM now() - coalesce(w.claimed_at, w.started_at)))
                 ORDER BY w.name)
             FROM workers w
@@ -1509,7 +1555,7 @@ _PRUNE = """
     WITH old AS (
         SELECT t.task_id FROM tasks t
         WHERE t.finished_at < now() - make_interval(secs => :after_s)
-          AND (t.scheduled_by IS NOT NULL) = :scheduled
+          AND (t.tick_at IS NOT NULL) = :scheduled
           AND NOT EXISTS (SELECT 1 FROM tasks p
                           WHERE p.task_id = t.parent_id AND p.finished_at IS NULL)
         ORDER BY t.finished_at LIMIT :limit
@@ -1538,24 +1584,6 @@ def prune(*, after_s: float, scheduled: bool, limit: int) -> TextClause:
     They are added to the totals, so that counters never go back.
     """
     return text(_PRUNE).bindparams(after_s=after_s, scheduled=scheduled, limit=limit)
-
-
-def prune_keys(limit: int) -> TextClause:
-    """Delete idempotency keys that have expired; return how many."""
-    return text(_PRUNE_KEYS).bindparams(days=KEY_DAYS, limit=limit)
-
-
-_PRUNE_KEYS = """
-    WITH old AS (
-        SELECT k.principal, k.agent, k.key FROM tasks t JOIN idempotency_keys k USING (task_id)
-        WHERE t.finished_at < now() - make_interval(days => :days) LIMIT :limit
-    ), gone AS (
-        DELETE FROM idempotency_keys k USING old
-        WHERE (k.principal, k.agent, k.key) = (old.principal, old.agent, old.key)
-        RETURNING 1
-    )
-    SELECT count(*) FROM gone
-"""
 
 
 def prune_concurrency_keys(limit: int) -> TextClause:

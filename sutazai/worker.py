@@ -41,7 +41,7 @@ from sutazai.state import Outcome, State
 from sutazai.submission import Options, Submission
 
 if TYPE_CHECKING:
-    from sqlalchemy import Row
+    from sqlalchemy import Connection, Row
 
 
 _logger = log.get(__name__)
@@ -99,6 +99,9 @@ class Attempt:
         self.agents = site.agents
         self.system = site.system
         self.log = Journal(action.agent, self.task_id, claim_id)
+        self._held = lifecycle.Claim(
+            row.task_id, claim_id, action.agent, row.parent_id, row.concurrency_key
+        )
         self._calls = 0
         self._writes: list[Any] = []
         self._asked_at = time.monotonic()
@@ -205,13 +208,9 @@ class Attempt:
         self._site.reports.tell(began=True, **claim, limit_s=limit_s)
 
     def _delegated(self, delegation: Delegation) -> str:
-        def record() -> bool:
-            with db.transaction() as connection:
-                return lifecycle.delegate(
-                    connection, self.task_id, self.claim_id, delegation.task_id
-                )
-
-        self._record(record)
+        self._record(
+            lambda connection: lifecycle.delegate(connection, self._held, delegation.task_id)
+        )
         _logger.info("task delegated", child=str(delegation.task_id))
         raise Requeued
 
@@ -238,70 +237,58 @@ class Attempt:
 
     def _end(self, state: State, outcome: Outcome, **values: Any) -> None:
         writes = self._writes if state is State.SUCCEEDED else []
-        parent_id = self._row.parent_id
 
-        def record() -> bool:
-            if not writes and parent_id is None and self._row.concurrency_key is None:
-                # Most tasks: one statement, so one round trip.
-                finish = statements.finish(self.task_id, self.claim_id, state, outcome, **values)
-                return bool(db.run(finish))
-            with db.transaction() as connection:
-                done = lifecycle.end(
-                    connection,
-                    self.task_id,
-                    self.claim_id,
-                    state,
-                    outcome,
-                    parent_id=parent_id,
-                    **values,
-                )
-                for statement in writes if done else []:
-                    connection.execute(statement)
-                return done
+        def record(connection: Connection) -> list[lifecycle.Ended] | None:
+            ended = lifecycle.end(connection, self._held, state, outcome, **values)
+            for statement in writes if ended else []:
+                connection.execute(statement)
+            return ended
 
-        self._record(record)
-        redis.announce(self._action.agent, self.task_id, kind="state", state=state.value)
+        if writes or self._held.parent_id or self._held.concurrency_key:
+            self._record(record)
+        else:
+            # Most tasks: one statement, so one round trip.
+            finish = statements.finish(self.task_id, self.claim_id, state, outcome, **values)
+            own = lifecycle.Ended(self.task_id, self._held.agent, state)
+            self._record_outcome(lambda: [own] if db.run(finish) else None)
 
     def _requeue(self, outcome: Outcome, **charge: Any) -> None:
-        def record() -> bool:
+        self._record(
+            lambda connection: lifecycle.requeue(connection, self._held, outcome, **charge)
+        )
+
+    def _record(self, verb: Callable[[Connection], list[lifecycle.Ended] | None]) -> None:
+        def record() -> list[lifecycle.Ended] | None:
             with db.transaction() as connection:
-                return lifecycle.requeue(
-                    connection,
-                    self.task_id,
-                    self.claim_id,
-                    outcome,
-                    parent_id=self._row.parent_id,
-                    **charge,
-                )
+                return verb(connection)
 
-        self._record(record)
-
-    def _record(self, record: Callable[[], bool]) -> None:
-        self.log.flush()
         self._record_outcome(record)
 
-    def _record_outcome(self, record: Callable[[], bool]) -> None:
+    def _record_outcome(self, record: Callable[[], list[lifecycle.Ended] | None]) -> None:
         """Run a recording transaction, again while PostgreSQL is away; raises `LeaseLost`.
 
         A commit that raises is uncertain: it may have happened. Repeating is safe, because the
         claim's fence admits it once; then the attempt's row tells which of the two it was.
         """
+        self.log.flush()
         uncertain = False
         try:
-            recorded = record()
+            ended = record()
         except DatabaseUnavailable:
             uncertain = True
             try:
-                recorded = _PATIENTLY(record)
+                ended = _PATIENTLY(record)
             except DatabaseUnavailable as error:
                 raise Unrecorded(str(error)) from error
-        if recorded:
-            return
-        with db.transaction() as connection:
-            known = connection.execute(statements.outcome_of(self.task_id, self.claim_id)).first()
-        if known is None or not uncertain:
-            _logger.warning("outcome refused: the attempt had lost its lease")
-            raise LeaseLost
+        if ended is None:
+            with db.transaction() as connection:
+                outcome = statements.outcome_of(self.task_id, self.claim_id)
+                known = connection.execute(outcome).first()
+            if known is None or not uncertain:
+                _logger.warning("outcome refused: the attempt had lost its lease")
+                raise LeaseLost
+            ended = [lifecycle.Ended(self.task_id, self._held.agent, known.state)]
+        redis.announce_ended(ended)
 
     def _resolve(self, target: Action[Any, Any] | str) -> Action[Any, Any]:
         if isinstance(target, Action):

@@ -185,6 +185,7 @@ def _is_stuck(row: Any) -> bool:
     """Whether a worker that could has claimed nothing for a minute, with tasks waiting as long."""
     return (row.oldest_age_s or 0) > NOT_CONSUMING_S and any(
         worker["consuming"]
+        and not worker["alone"]  # beside a suspect nothing is started
         and worker["running"] < worker["slots"]
         and worker["idle_s"] > NOT_CONSUMING_S
         for worker in row.workers

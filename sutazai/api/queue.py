@@ -39,6 +39,6 @@ async def _answer(request: Request, **change: Any) -> Response:
         await store.rows(statements.set_queue(agent.name, **change))
         if change.get("paused") is False:
             # Notices that came while it was paused did nothing.
-            await store.rows(statements.ring_agent_again(agent.name))
+            await store.rows(statements.ring_again(agent.name))
     [row] = await store.rows(statements.status([agent.name]))
     return json_answer(record.queue_json(row, agent.queue_limit))

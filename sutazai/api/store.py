@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from sutazai import db
-from sutazai.errors import DatabaseUnavailable
+from sutazai.errors import DatabaseUnavailable, Deadlock
 
 if TYPE_CHECKING:
     from sqlalchemy import Executable, Row
@@ -30,7 +30,7 @@ async def rows(statement: Executable, *, within_s: float = WITHIN_S) -> Sequence
 
     Doing it twice must be harmless: it is tried again when it fails quickly.
     """
-    return await _bounded(_again(lambda: db.async_run(statement)), within_s)
+    return await _bounded(_again(lambda: db.async_run(statement), harmless=True), within_s)
 
 
 async def first(statement: Executable) -> Row[Any] | None:
@@ -41,23 +41,26 @@ async def first(statement: Executable) -> Row[Any] | None:
 async def run(work: Work[T], *, within_s: float = WITHIN_S, again: bool = False) -> T:
     """Run work in one transaction; raises `DatabaseUnavailable` when that takes too long.
 
-    again: doing it twice is harmless, so it is tried again when it fails quickly.
+    again: doing it twice is harmless, so it is tried again when it fails quickly. After a deadlock
+    it is tried again in any case: nothing was done.
     """
 
     async def transact() -> T:
         async with db.async_transaction() as connection:
             return await work(connection)
 
-    return await _bounded(_again(transact) if again else transact(), within_s)
+    return await _bounded(_again(transact, harmless=again), within_s)
 
 
-async def _again(work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+async def _again(work: Callable[[], Coroutine[Any, Any, T]], *, harmless: bool) -> T:
     began = time.monotonic()
     try:
         return await work()
+    except Deadlock:
+        pass
     except DatabaseUnavailable:
         # A pooled connection may be from before a restart of PostgreSQL; the next one is new.
-        if time.monotonic() - began > _QUICKLY_S:
+        if not harmless or time.monotonic() - began > _QUICKLY_S:
             raise
     return await work()
 

@@ -76,7 +76,7 @@ def _change(agent: str, *, as_json: bool, **change: Any) -> None:
         connection.execute(statements.set_queue(name, **change))
         if change.get("paused") is False:
             # Notices that came while it was paused did nothing.
-            connection.execute(statements.ring_agent_again(name))
+            connection.execute(statements.ring_again(name))
     _show([_read(name)], as_json=as_json)
 
 

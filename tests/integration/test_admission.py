@@ -63,7 +63,7 @@ def work(params: Number, context: Context) -> Number:
 def pair(params: Number, context: Context) -> Number:
     """Run two at once of one key."""
     gauge.enter()
-    time.sleep(0.002)
+    time.sleep(0.02)  # long enough for another to begin
     gauge.leave()
     return params
 
@@ -388,7 +388,8 @@ def test_a_held_task_is_not_rung_until_its_key_has_room() -> None:
         assert not connection.execute(statements.ring_unrung("tester", 10)).all()
         assert not connection.execute(statements.become_due(10)).rowcount
         assert not connection.execute(statements.wake_keys()).all()
-        lifecycle.end(connection, first, claim_id, State.SUCCEEDED, Outcome.SUCCEEDED)
+        held = lifecycle.Claim(first, claim_id, "tester", None, "a")
+        lifecycle.end(connection, held, State.SUCCEEDED, Outcome.SUCCEEDED)
     with db.transaction() as connection:
         rung = connection.execute(statements.ring_unrung("tester", 10)).all()
     assert [row.task_id for row in rung] == [second], "the older one, and only as many as fit"
@@ -569,21 +570,22 @@ def test_pruning_takes_all_that_is_the_tasks_and_keeps_the_totals() -> None:
     assert totals == [("tester", "work", "succeeded", 1)]
 
 
-def test_keys_that_nobody_needs_are_pruned() -> None:
-    task_id = accept(idempotency_key="old").task_id
-    accept(idempotency_key="new")
-    query(
-        "UPDATE tasks SET state='failed', finished_at = now() - interval '8 days' "
-        "WHERE task_id = :id",
-        id=task_id,
-    )
+def test_the_key_of_a_run_of_a_schedule_lasts_as_long_as_any() -> None:
+    task_id = accept(idempotency_key="run").task_id
+    query("UPDATE tasks SET scheduled_by = 's', state = 'failed'")
+    query("UPDATE tasks SET finished_at = now() - interval '2 days'")
+    assert db.run(statements.prune(after_s=86_400, scheduled=True, limit=10))[0][0] == 0
+    query("UPDATE tasks SET tick_at = now()")
+    assert db.run(statements.prune(after_s=86_400, scheduled=True, limit=10))[0][0] == 1
+    assert accept(idempotency_key="run").task_id != task_id
+
+
+def test_concurrency_keys_that_nobody_needs_are_pruned() -> None:
     accept(concurrency_key="busy", on_conflict="join")
     busy = Submission(work, {}, Options(concurrency_key="idle", on_conflict="join"))
     with db.transaction() as connection:
         made = admission.accept(connection, busy, rung=False).task_id
         lifecycle.cancel(connection, made)
-    assert db.run(statements.prune_keys(10))[0][0] == 1
     db.run(statements.prune_concurrency_keys(10))
-    assert scalar("SELECT string_agg(key, ',') FROM idempotency_keys") == "new"
     assert scalar("SELECT string_agg(key, ',') FROM concurrency_keys") == "busy"
     assert new_id() > made

@@ -1,7 +1,11 @@
 """The life of a task, statement by statement, on a real PostgreSQL."""
 
 import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -62,10 +66,18 @@ def claim(
     return (claim_id, row) if row else None
 
 
-def finish(task_id: UUID, claim_id: UUID, state: State = State.SUCCEEDED) -> bool:
+def held(task_id: UUID, claim_id: UUID) -> lifecycle.Claim:
+    row = read(task_id)
+    return lifecycle.Claim(task_id, claim_id, row.agent, row.parent_id, row.concurrency_key)
+
+
+def finish(
+    task_id: UUID, claim_id: UUID, state: State = State.SUCCEEDED, number: int = 1
+) -> list[lifecycle.Ended] | None:
     outcome = Outcome.SUCCEEDED if state is State.SUCCEEDED else Outcome.FAILED
+    known = held(task_id, claim_id)
     with db.transaction() as connection:
-        return lifecycle.end(connection, task_id, claim_id, state, outcome, result={"number": 1})
+        return lifecycle.end(connection, known, state, outcome, result={"number": number})
 
 
 def read(task_id: UUID) -> Any:
@@ -88,7 +100,13 @@ def expire_lease(task_id: UUID) -> None:
         )
 
 
-def rescue() -> list[lifecycle.Ended]:
+def delegate(task_id: UUID, claim_id: UUID, child_id: UUID) -> list[lifecycle.Ended] | None:
+    known = held(task_id, claim_id)
+    with db.transaction() as connection:
+        return lifecycle.delegate(connection, known, child_id)
+
+
+def rescue() -> lifecycle.Rescued:
     with db.transaction() as connection:
         return lifecycle.rescue(connection, statements.lease_expired(100))
 
@@ -156,7 +174,7 @@ def test_a_stale_attempt_never_overwrites() -> None:
     task_id = accept()
     stale, _ = claim(task_id)
     expire_lease(task_id)
-    assert [gone.task_id for gone in rescue()] == [task_id]
+    assert rescue().tasks == 1
     current, row = claim(task_id)
     assert row.attempt == 2
     assert not finish(task_id, stale, State.FAILED)
@@ -168,14 +186,14 @@ def test_a_stale_attempt_never_overwrites() -> None:
 def test_a_live_lease_is_not_rescued_and_extending_keeps_it() -> None:
     task_id = accept()
     claim_id, _ = claim(task_id)
-    assert rescue() == []
+    assert rescue().tasks == 0
     expire_lease(task_id)
     with db.transaction() as connection:
         kept = connection.execute(statements.extend([(task_id, claim_id)])).all()
         foreign = connection.execute(statements.extend([(task_id, uuid4())])).all()
     assert len(kept) == 1
     assert foreign == []
-    assert rescue() == []
+    assert rescue().tasks == 0
 
 
 def test_the_third_crash_is_poison() -> None:
@@ -207,7 +225,7 @@ def test_neighbours_of_a_crash_are_not_charged() -> None:
     for task_id in together:
         claim(task_id, worker_id)
         expire_lease(task_id)
-    assert len(rescue()) == 2
+    assert rescue().tasks == 2
     assert [read(task_id).crashes for task_id in together] == [0, 0]
 
 
@@ -222,8 +240,9 @@ def test_what_must_not_run_twice_is_failed() -> None:
 def test_draining_charges_nothing() -> None:
     task_id = accept()
     claim_id, _ = claim(task_id)
+    known = held(task_id, claim_id)
     with db.transaction() as connection:
-        assert lifecycle.requeue(connection, task_id, claim_id, Outcome.RELEASED)
+        assert lifecycle.requeue(connection, known, Outcome.RELEASED) == []
     row = read(task_id)
     assert (row.state, row.failures, row.crashes, row.rings) == ("queued", 0, 0, 0)
     assert claim(task_id)[1].attempt == 2
@@ -265,24 +284,15 @@ def _family() -> tuple[UUID, UUID, UUID]:
     with db.transaction() as connection:
         admission.accept(connection, child, rung=False)
     child_claim, _ = claim(child.task_id)
-    with db.transaction() as connection:
-        assert lifecycle.delegate(connection, parent, parent_claim, child.task_id)
+    assert delegate(parent, parent_claim, child.task_id) == []
     return parent, child.task_id, child_claim
 
 
 def test_a_waiting_parent_ends_as_its_child_does() -> None:
     parent, child, claim_id = _family()
     assert read(parent).state == "waiting"
-    with db.transaction() as connection:
-        lifecycle.end(
-            connection,
-            child,
-            claim_id,
-            State.SUCCEEDED,
-            Outcome.SUCCEEDED,
-            parent_id=parent,
-            result={"number": 7},
-        )
+    ended = finish(child, claim_id, number=7)
+    assert [each.task_id for each in ended or []] == [child, parent]
     assert (read(parent).state, read(parent).result) == ("succeeded", {"number": 7})
 
 
@@ -294,8 +304,7 @@ def test_a_child_that_ended_before_its_parent_waits_wakes_it_too() -> None:
         admission.accept(connection, child, rung=False)
     child_claim, _ = claim(child.task_id)
     assert finish(child.task_id, child_claim)
-    with db.transaction() as connection:
-        lifecycle.delegate(connection, parent, parent_claim, child.task_id)
+    delegate(parent, parent_claim, child.task_id)
     assert read(parent).state == "succeeded"
 
 
@@ -307,6 +316,76 @@ def test_cancelling_a_waiting_task_cancels_its_child() -> None:
     expire_lease(child)
     rescue()
     assert [read(parent).state, read(child).state] == ["cancelled", "cancelled"]
+
+
+def test_a_late_task_that_somebody_works_on_holds_up_no_other() -> None:
+    past = datetime.now(UTC) - timedelta(seconds=1)
+    locked, parent = accept(deadline_at=past), accept()
+    child = Submission(work, {}, Options(deadline_at=past), parent_id=parent, call_index=1)
+    free = accept(deadline_at=past)
+    with db.transaction() as connection:
+        admission.accept(connection, child, rung=False)
+    with db.transaction() as other:
+        other.execute(statements.lock([locked, parent]))
+        with db.transaction() as connection:
+            assert [gone.task_id for gone in lifecycle.expire(connection)] == [free]
+    with db.transaction() as connection:
+        gone = {each.task_id for each in lifecycle.expire(connection)}
+    assert gone == {locked, child.task_id}
+
+
+def _at_once(*verbs: Callable[[], Any]) -> None:
+    """Run verbs at the same instant; nobody is to wait for a deadlock to be found (1 s)."""
+    together = threading.Barrier(len(verbs))
+
+    def run(verb: Callable[[], Any]) -> float:
+        together.wait(10)
+        began = time.monotonic()
+        verb()
+        return time.monotonic() - began
+
+    with ThreadPoolExecutor(len(verbs)) as pool:
+        assert max(pool.map(run, verbs)) < 0.9
+
+
+def test_cancelling_three_generations_does_not_deadlock_with_the_end_of_the_last() -> None:
+    for _ in range(30):
+        grandparent = accept()
+        grand_claim, _ = claim(grandparent)
+        parent = Submission(work, {}, parent_id=grandparent, call_index=1)
+        child = Submission(work, {}, parent_id=parent.task_id, call_index=1)
+        with db.transaction() as connection:
+            for each in (parent, child):
+                admission.accept(connection, each, rung=False)
+        parent_claim, _ = claim(parent.task_id)
+        child_claim, _ = claim(child.task_id)
+        delegate(grandparent, grand_claim, parent.task_id)
+        delegate(parent.task_id, parent_claim, child.task_id)
+
+        def cancel(task_id: UUID = grandparent) -> None:
+            with db.transaction() as connection:
+                lifecycle.cancel(connection, task_id)
+
+        _at_once(cancel, partial(finish, child.task_id, child_claim))
+        assert read(child.task_id).finished_at is not None
+        assert {read(each).state for each in (grandparent, parent.task_id)} <= {
+            "succeeded",
+            "cancelled",
+        }
+
+
+def test_replacing_a_keys_task_does_not_deadlock_with_its_end() -> None:
+    for number in range(30):
+        options = {"concurrency_key": f"k{number}", "on_conflict": "replace"}
+        running = accept(**options)
+        claim_id = uuid4()
+        known = {"agent": "tester", "action": "work", "claim_id": claim_id, "worker": "w"}
+        with db.transaction() as connection:
+            limits = lifecycle.KeyLimits(1, None)
+            site = {"worker_id": uuid4(), "host": "here"}
+            assert lifecycle.claim(connection, running, limits, **known, **site)
+        _at_once(partial(accept, **options), partial(finish, running, claim_id))
+        assert read(running).state == "succeeded"
 
 
 def test_the_same_call_of_a_parent_makes_one_child() -> None:
@@ -402,7 +481,7 @@ def test_a_row_that_somebody_works_on_holds_up_no_other(ring: Any, change: str) 
         connection.execute(text(f"UPDATE tasks SET {change}"))
     before = versions()
     with db.transaction() as somebody:
-        somebody.execute(statements.lock(locked))
+        somebody.execute(statements.lock([locked]))
         with db.transaction() as connection:
             connection.execute(ring)
     assert [task_id for task_id, version in versions().items() if version != before[task_id]] == [

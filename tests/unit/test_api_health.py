@@ -23,6 +23,7 @@ def worker(**changes: Any) -> dict[str, Any]:
         "slots": 2,
         "running": 0,
         "consuming": True,
+        "alone": False,
         "idle_s": 1.0,
     }
     return found | changes
@@ -70,6 +71,7 @@ STUCK = {"oldest_age_s": 61.0, "depth": 1}
         (row(workers=None, last_seen_s=9.0), {}, "unhealthy", "last seen 9 s ago"),
         (row(workers=[worker(idle_s=61.0)], **STUCK), {}, "unhealthy", "free slots"),
         (row(workers=[worker(idle_s=59.0)], **STUCK), {}, "healthy", ""),
+        (row(workers=[worker(idle_s=61.0, alone=True)], **STUCK), {}, "healthy", ""),
         (row(workers=[worker(idle_s=61.0, running=2)], **STUCK), {}, "healthy", ""),
         (row(workers=[worker(idle_s=61.0)], oldest_age_s=59.0), {}, "healthy", ""),
         (row(workers=[worker(idle_s=61.0)], paused=True, **STUCK), {}, "degraded", "paused"),
