@@ -1,0 +1,33 @@
+"""What clients send beside the schemas: raw bytes, headers, queries and addresses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.integration.served import Front
+
+
+def refused(front: Front, method: str, path: str, **sent: Any) -> Any:
+    answer = front.client.request(method, path, **sent)
+    assert answer.status_code < 500, answer.text
+    body = answer.json()
+    assert (body["status"], body["task_id"]) == ("error", None)
+    return answer.status_code, body["code"]
+
+
+@pytest.mark.parametrize(
+    "accept",
+    [
+        "application/openmetrics-text; version=1",
+        "application/openmetrics-text; version=one.two",
+        "application/openmetrics-text; version=, text/plain; version=1..0",
+    ],
+)
+def test_metrics_are_given_to_those_who_ask_for_no_version_there_is(
+    front: Front, accept: str
+) -> None:
+    answer = front.client.get("/metrics", headers={"Accept": accept})
+    assert answer.status_code == 200, answer.text
+    assert "agent_requests_total" in answer.text
