@@ -31,3 +31,10 @@ def test_metrics_are_given_to_those_who_ask_for_no_version_there_is(
     answer = front.client.get("/metrics", headers={"Accept": accept})
     assert answer.status_code == 200, answer.text
     assert "agent_requests_total" in answer.text
+
+
+@pytest.mark.parametrize("after", ["0" * 5000, "0" * 20 + "9" * 30, "9" * 19])
+def test_an_event_id_is_no_longer_than_ours(front: Front, after: str) -> None:
+    path = f"/tasks/{front.queue()}/events"
+    sent = {"Last-Event-ID": after}
+    assert refused(front, "GET", path, headers=sent) == (422, "invalid_input")
