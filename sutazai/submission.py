@@ -10,14 +10,22 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 from uuid import UUID
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+)
 
 from sutazai import payload
 from sutazai.agent import Action
 from sutazai.bell import Notice, summarise
+from sutazai.errors import InvalidInput
 from sutazai.models import new_id
 
 Label = Annotated[str, StringConstraints(max_length=200)]
@@ -43,6 +51,20 @@ LOCAL = "local"
 """The principal, who owns idempotency keys, while nobody has to say who they are."""
 
 DEFAULT_PRIORITY = 5
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def parse(model: type[M], values: Mapping[str, Any]) -> M:
+    """Validate values; raises `InvalidInput` that names every field at fault."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        details = [
+            {"field": str(fault["loc"][0]), "message": fault["msg"]} for fault in error.errors()
+        ]
+        first = details[0]
+        raise InvalidInput(f"{first['field']}: {first['message']}", details=details) from None
 
 
 class Options(BaseModel):

@@ -38,3 +38,19 @@ def test_an_event_id_is_no_longer_than_ours(front: Front, after: str) -> None:
     path = f"/tasks/{front.queue()}/events"
     sent = {"Last-Event-ID": after}
     assert refused(front, "GET", path, headers=sent) == (422, "invalid_input")
+
+
+def test_a_retry_under_a_malformed_key_is_refused(front: Front) -> None:
+    task_id = front.queue()
+    front.client.post(f"/tasks/{task_id}/cancel")
+    sent = {"Idempotency-Key": "a b"}
+    path = f"/tasks/{task_id}/retry"
+    assert refused(front, "POST", path, headers=sent) == (422, "invalid_input")
+
+
+def test_a_run_of_a_schedule_under_a_malformed_key_is_refused(front: Front) -> None:
+    body = {"name": "nightly", "action": "nothing", "every_s": 86_400}
+    assert front.client.post("/schedules", json=body).status_code == 201
+    sent = {"Idempotency-Key": "a b"}
+    path = "/schedules/nightly/run"
+    assert refused(front, "POST", path, headers=sent) == (422, "invalid_input")
