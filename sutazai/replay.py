@@ -36,7 +36,7 @@ class Filter(BaseModel):
         default_factory=dict, description="Parameters to replace; the others stay as they were."
     )
     rate_per_s: float = Field(
-        default=10.0, gt=0, le=10_000, description="So many are started a second at most."
+        default=10.0, ge=0.001, le=10_000, description="So many are started a second at most."
     )
     limit: int = Field(default=1000, ge=1, le=MAX_TASKS, description="So many at most.")
 

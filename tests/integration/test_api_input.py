@@ -54,3 +54,11 @@ def test_a_run_of_a_schedule_under_a_malformed_key_is_refused(front: Front) -> N
     sent = {"Idempotency-Key": "a b"}
     path = "/schedules/nightly/run"
     assert refused(front, "POST", path, headers=sent) == (422, "invalid_input")
+
+
+@pytest.mark.parametrize("rate", [5e-324, 1e-15, 1e-9])
+def test_a_replay_is_not_put_off_beyond_all_time(front: Front, rate: float) -> None:
+    for _ in range(3):
+        front.client.post(f"/tasks/{front.queue()}/cancel")
+    body = {"state": "cancelled", "rate_per_s": rate}
+    assert refused(front, "POST", "/tasks/retry", json=body) == (422, "invalid_input")
