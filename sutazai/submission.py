@@ -16,6 +16,7 @@ from uuid import UUID
 from pydantic import (
     AwareDatetime,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     StringConstraints,
@@ -30,8 +31,17 @@ from sutazai.models import new_id
 
 Label = Annotated[str, StringConstraints(max_length=200)]
 
+
+def _written_out(value: Any) -> Any:
+    """Refuse numbers in text, which pydantic takes for seconds since 1970."""
+    if isinstance(value, str) and value[4:5] != "-":
+        raise ValueError("write the instant out, as 2026-01-31T12:00:00Z")
+    return value
+
+
 Instant = Annotated[
     AwareDatetime,
+    BeforeValidator(_written_out),
     Field(ge=datetime(1970, 1, 1, tzinfo=UTC), lt=datetime(9000, 1, 1, tzinfo=UTC)),
 ]
 """An instant that both PostgreSQL and Python can hold in every time zone."""

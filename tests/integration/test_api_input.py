@@ -62,3 +62,10 @@ def test_a_replay_is_not_put_off_beyond_all_time(front: Front, rate: float) -> N
         front.client.post(f"/tasks/{front.queue()}/cancel")
     body = {"state": "cancelled", "rate_per_s": rate}
     assert refused(front, "POST", "/tasks/retry", json=body) == (422, "invalid_input")
+
+
+@pytest.mark.parametrize("query", ["since=0.5", "until=1700000000", "since=-1"])
+def test_an_instant_is_written_out(front: Front, query: str) -> None:
+    assert refused(front, "GET", f"/tasks?{query}") == (422, "invalid_input")
+    body = {"action": "nothing", "options": {"run_at": query.partition("=")[2]}}
+    assert refused(front, "POST", "/tasks", json=body) == (422, "invalid_input")
