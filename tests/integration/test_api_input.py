@@ -69,3 +69,9 @@ def test_an_instant_is_written_out(front: Front, query: str) -> None:
     assert refused(front, "GET", f"/tasks?{query}") == (422, "invalid_input")
     body = {"action": "nothing", "options": {"run_at": query.partition("=")[2]}}
     assert refused(front, "POST", "/tasks", json=body) == (422, "invalid_input")
+
+
+@pytest.mark.parametrize("path", ["/tasks/batch", "/tasks/retry"])
+def test_a_wrong_method_is_told_even_where_an_id_could_stand(front: Front, path: str) -> None:
+    assert refused(front, "GET", path) == (405, "method_not_allowed")
+    assert front.client.get(path).headers["Allow"] == "POST"
