@@ -23,7 +23,7 @@ from sutazai.models import metadata
 from sutazai.settings import override
 from sutazai.tasks import load
 
-# Every run tries the same inputs; `pytest --hypothesis-profile explore` tries many new ones.
+# Every run tries the same inputs; `pytest --hypothesis-profile explore` tries new ones.
 _COMMON = {
     "deadline": None,  # a busy machine is no fault of the input
     "database": None,  # nothing is written into the tree
