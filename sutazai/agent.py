@@ -119,6 +119,7 @@ class Action(Generic[P, R]):
             self.result_model.model_validate(fields, extra="forbid", by_name=True)
             data = result.model_dump(mode="json")
             size = payload.check_plain(data)
+            payload.check_finite(result.model_dump())  # a field of any type is null in `data`
         except (InvalidInput, ValidationError, ValueError, TypeError) as error:
             raise InvalidResult(f"The result of {self.full_name} is not valid: {error}") from None
         if size > payload.MAX_RESULT_BYTES:

@@ -288,4 +288,6 @@ def error_json(error: BaseException) -> dict[str, Any]:
         code = "task_failed"
         message = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         retryable = True
-    return {"code": code, "message": message.replace("\x00", "�")[:4000], "retryable": retryable}
+    # Neither NUL nor a lone surrogate, as in the name of a file, can be stored.
+    message = message.replace("\x00", "�").encode(errors="replace").decode()
+    return {"code": code, "message": message[:4000], "retryable": retryable}

@@ -74,6 +74,22 @@ def check_plain(value: Any) -> int:
     return len(raw)
 
 
+def check_finite(value: Any) -> None:
+    """Raise `InvalidInput` when a value of any types holds NaN or an infinity."""
+    raw = to_json(value, inf_nan_mode="constants", bytes_mode="base64", serialize_unknown=True)
+    if b"NaN" not in raw and b"Infinity" not in raw:
+        return
+    stack = [value]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, float) and item - item != 0:
+            raise InvalidInput(f"{item} is not a JSON number.")
+        if isinstance(item, dict):
+            stack.extend(item.values())
+        elif isinstance(item, list | tuple | set | frozenset):
+            stack.extend(item)
+
+
 def check(value: Any) -> None:  # noqa: PLR0912 - one branch a type
     """Raise `InvalidInput` when a Python value cannot be stored as JSON without loss."""
     stack: list[tuple[Any, int]] = [(value, 1)]

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from sutazai import admission, statements
 from sutazai.agent import Agent, normalise
 from sutazai.errors import InvalidInput, UnknownAgent
-from sutazai.submission import Instant, Options, Submission
+from sutazai.submission import Instant, Options, Submission, parse
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Row
@@ -36,7 +36,7 @@ class Filter(BaseModel):
         default_factory=dict, description="Parameters to replace; the others stay as they were."
     )
     rate_per_s: float = Field(
-        default=10.0, gt=0, le=10_000, description="So many are started a second at most."
+        default=10.0, ge=0.001, le=10_000, description="So many are started a second at most."
     )
     limit: int = Field(default=1000, ge=1, le=MAX_TASKS, description="So many at most.")
 
@@ -58,7 +58,8 @@ def repeat(
     agent = agents.get(row.agent)
     if agent is None:
         raise UnknownAgent(f"There is no agent {row.agent!r} any more.")
-    options = Options.model_validate(
+    options = parse(
+        Options,
         {
             "priority": row.priority,
             "max_attempts": row.max_attempts,
@@ -68,7 +69,7 @@ def repeat(
             "callback_url": row.callback_url,
             "idempotency_key": idempotency_key,
             "run_at": run_at,
-        }
+        },
     )
     return Submission(
         agent.get(row.action),

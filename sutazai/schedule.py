@@ -9,14 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from sutazai import admission, lifecycle, log, statements
 from sutazai.agent import Agent, normalise
 from sutazai.errors import Conflict, InvalidInput, QueueDraining, ScheduleNotFound, UnknownAgent
-from sutazai.submission import DEFAULT_PRIORITY, Options, Submission
+from sutazai.submission import DEFAULT_PRIORITY, Options, Submission, parse
 from sutazai.tick import Tick, Timing, jitter
 
 if TYPE_CHECKING:
@@ -38,8 +38,6 @@ _FIELDS = (
 )
 
 _logger = log.get(__name__)
-
-M = TypeVar("M", bound=BaseModel)
 
 
 class Definition(BaseModel):
@@ -208,7 +206,7 @@ def run_once(
     """
     options = {"priority": row.priority, "idempotency_key": idempotency_key}
     action = _agent_of(row, agents).get(row.action)
-    chosen = Options.model_validate(options)
+    chosen = parse(Options, options)
     return Submission(action, row.params, chosen, source, scheduled_by=row.name)
 
 
@@ -348,18 +346,6 @@ def _merge(row: Row[Any], given: Mapping[str, Any]) -> Definition:
     if "every_s" in given:
         before["cron"] = None
     return parse(Definition, {**before, **given})
-
-
-def parse(model: type[M], values: Mapping[str, Any]) -> M:
-    """Validate values; raises `InvalidInput` that names every field at fault."""
-    try:
-        return model.model_validate(values)
-    except ValidationError as error:
-        details = [
-            {"field": str(fault["loc"][0]), "message": fault["msg"]} for fault in error.errors()
-        ]
-        first = details[0]
-        raise InvalidInput(f"{first['field']}: {first['message']}", details=details) from None
 
 
 def _agent_of(row: Row[Any], agents: Mapping[str, Agent]) -> Agent:

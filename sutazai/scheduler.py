@@ -22,6 +22,7 @@ from sutazai.bell import Bell
 from sutazai.errors import DatabaseUnavailable, InvalidInput, UnknownAgent
 from sutazai.schedule import CELERYCONFIG, DECLARATION, NewSchedule
 from sutazai.settings import settings
+from sutazai.submission import parse
 from sutazai.tasks import load
 from sutazai.tick import Timing
 
@@ -184,9 +185,7 @@ def configured(
         "params": entry.get("kwargs") or {},
         **_times(entry.get("schedule"), time_zone),
     }
-    new = schedule.parse(
-        NewSchedule, values if priority is None else values | {"priority": priority}
-    )
+    new = parse(NewSchedule, values if priority is None else values | {"priority": priority})
     new.check(agent)
     row = {**new.values, "source": CELERYCONFIG, "agent": agent.name}
     del row["enabled"]

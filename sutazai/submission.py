@@ -10,20 +10,38 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 from uuid import UUID
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+)
 
 from sutazai import payload
 from sutazai.agent import Action
 from sutazai.bell import Notice, summarise
+from sutazai.errors import InvalidInput
 from sutazai.models import new_id
 
 Label = Annotated[str, StringConstraints(max_length=200)]
 
+
+def _written_out(value: Any) -> Any:
+    """Refuse numbers in text, which pydantic takes for seconds since 1970."""
+    if isinstance(value, str) and value[4:5] != "-":
+        raise ValueError("write the instant out, as 2026-01-31T12:00:00Z")
+    return value
+
+
 Instant = Annotated[
     AwareDatetime,
+    BeforeValidator(_written_out),
     Field(ge=datetime(1970, 1, 1, tzinfo=UTC), lt=datetime(9000, 1, 1, tzinfo=UTC)),
 ]
 """An instant that both PostgreSQL and Python can hold in every time zone."""
@@ -43,6 +61,20 @@ LOCAL = "local"
 """The principal, who owns idempotency keys, while nobody has to say who they are."""
 
 DEFAULT_PRIORITY = 5
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def parse(model: type[M], values: Mapping[str, Any]) -> M:
+    """Validate values; raises `InvalidInput` that names every field at fault."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        details = [
+            {"field": str(fault["loc"][0]), "message": fault["msg"]} for fault in error.errors()
+        ]
+        first = details[0]
+        raise InvalidInput(f"{first['field']}: {first['message']}", details=details) from None
 
 
 class Options(BaseModel):

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 from sqlalchemy import text
 
 from sutazai import db, embedded, migration, redis
@@ -21,6 +22,19 @@ from sutazai.embedded import child
 from sutazai.models import metadata
 from sutazai.settings import override
 from sutazai.tasks import load
+
+# Every run tries the same inputs; `pytest --hypothesis-profile explore` tries new ones.
+_COMMON = {
+    "deadline": None,  # a busy machine is no fault of the input
+    "database": None,  # nothing is written into the tree
+    "suppress_health_check": [
+        HealthCheck.too_slow,
+        HealthCheck.function_scoped_fixture,  # one front serves every example of a test
+    ],
+}
+settings.register_profile("steady", derandomize=True, **_COMMON)
+settings.register_profile("explore", max_examples=1000, **_COMMON)
+settings.load_profile("steady")
 
 
 @dataclass(frozen=True)

@@ -112,6 +112,8 @@ class _Route(Route):
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
         match, child_scope = super().matches(scope)
+        if match is Match.PARTIAL and not self.param_convertors:
+            match = Match.FULL  # GET /tasks/batch asks for no task of this name: it is a 405
         if match is not Match.NONE:
             child_scope["route"] = self
         return match, child_scope

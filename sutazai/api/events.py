@@ -46,7 +46,7 @@ async def stream_events(request: Request) -> Response:
 
 def _last_event_id(request: Request) -> int:
     text = request.headers.get("last-event-id", "0")
-    if not (text.isascii() and text.isdecimal() and int(text[:20]) <= _MOST):
+    if not (text.isascii() and text.isdecimal() and len(text) < 20 and int(text) <= _MOST):
         raise InvalidInput(
             "The header Last-Event-ID must be the id of an event of this stream.",
             details=[{"field": "Last-Event-ID", "message": "It is not an id of an event."}],

@@ -40,5 +40,8 @@ async def show_metrics(request: Request) -> Response:
         return json_answer(await front.sample.require())
     report = await front.health.report()
     front.metrics.set_healthy(report.status == "healthy")
-    encode, content_type = choose_encoder(accept)
+    try:
+        encode, content_type = choose_encoder(accept)
+    except (TypeError, ValueError):  # it compares versions that are no numbers
+        encode, content_type = choose_encoder("")
     return Response(encode(front.metrics.registry), headers={"Content-Type": content_type})

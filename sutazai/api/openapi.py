@@ -158,7 +158,10 @@ def _events() -> Schema:
         [_TASK_ID, {"name": "Last-Event-ID", "in": "header", "schema": _TEXT}],
     )
     operation |= _responses(None, 404, 422, 503)
-    events = {"text/event-stream": {"schema": _TEXT}}
+    # A stream is described by what it repeats: one event.
+    kinds = {"type": "string", "enum": ["state", "progress", "log", "result"]}
+    event = _properties(id=_TEXT, event=kinds, data={**_TEXT, "description": "A JSON object."})
+    events = {"text/event-stream": {"schema": event}}
     operation["responses"]["200"] = {"description": "Events.", "content": events}
     operation["responses"]["204"] = {"description": "The task had ended; nothing more comes."}
     return operation

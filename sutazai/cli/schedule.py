@@ -109,13 +109,14 @@ def add(
     """Add a schedule; it first runs at its next tick."""
     from sutazai import db
     from sutazai import schedule as schedules
+    from sutazai.submission import parse
     from sutazai.tasks import load
 
     settings().require_services()
     values = _values(every, cron, time_zone, overlap, catch_up, jitter, each_host, expires)
     values |= {"name": name, "action": action, "params": read_params(json_params, param)}
     values |= _given(priority=priority, enabled=not paused)
-    new = schedules.parse(schedules.NewSchedule, values)
+    new = parse(schedules.NewSchedule, values)
     with db.transaction() as connection:
         row = schedules.add(connection, new, load().get(agent))
     print_json(schedules.to_json(row))
@@ -188,10 +189,11 @@ def run(name: Name) -> None:
 def _change(name: str, **values: Any) -> None:
     from sutazai import db
     from sutazai import schedule as schedules
+    from sutazai.submission import parse
     from sutazai.tasks import load
 
     settings().require_services()
-    wanted = schedules.parse(schedules.ScheduleChange, values)
+    wanted = parse(schedules.ScheduleChange, values)
     with db.transaction() as connection:
         row = schedules.change(connection, name, wanted, load().agents)
     print_json(schedules.to_json(row))
