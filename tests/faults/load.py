@@ -45,9 +45,11 @@ class Load:
         self._place = place
         self._seed = seed
         self._stopping = threading.Event()
+        self._abandoned = False
         self._lock = threading.Lock()
         self._threads = [
-            threading.Thread(target=self._run, args=(number,)) for number in range(CLIENTS)
+            threading.Thread(target=self._run, args=(number,), daemon=True)
+            for number in range(CLIENTS)
         ]
 
     def __enter__(self) -> Load:
@@ -55,8 +57,9 @@ class Load:
             thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         self._stopping.set()
+        self._abandoned = error is not None
         for thread in self._threads:
             thread.join()
 
@@ -71,7 +74,7 @@ class Load:
         seconds = chance.choice([0, 0, 0, 0, 0.02, 0.2])
         body = {"action": chance.choice(["work", "work", "pass_on"]), "seconds": seconds}
         until = time.monotonic() + GIVE_UP_S
-        while time.monotonic() < until:
+        while time.monotonic() < until and not self._abandoned:
             task_id = self._ask(client, key, body)
             if task_id is not None:
                 with self._lock:
