@@ -15,8 +15,11 @@ import httpx
 from tests.faults.place import Place
 
 CLIENTS = 4
-PAUSE_S = 0.1
+PAUSE_S = 0.15
 """Between two tasks of one client, on average."""
+
+SECONDS = (*[0.0] * 8, 0.02, 0.2)
+"""What tasks take, by chance: half of what the slots can do, so that a backlog is worked off."""
 
 GIVE_UP_S = 90.0
 
@@ -71,7 +74,7 @@ class Load:
 
     def _hand_over(self, client: httpx.Client, chance: random.Random) -> None:
         key = str(uuid4())
-        seconds = chance.choice([0, 0, 0, 0, 0.02, 0.2])
+        seconds = chance.choice(SECONDS)
         body = {"action": chance.choice(["work", "work", "pass_on"]), "seconds": seconds}
         until = time.monotonic() + GIVE_UP_S
         while time.monotonic() < until and not self._abandoned:
