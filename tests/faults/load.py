@@ -15,11 +15,11 @@ import httpx
 from tests.faults.place import Place
 
 CLIENTS = 4
-PAUSE_S = 0.15
+PAUSE_S = 0.25
 """Between two tasks of one client, on average."""
 
 SECONDS = (*[0.0] * 8, 0.02, 0.2)
-"""What tasks take, by chance: half of what the slots can do, so that a backlog is worked off."""
+"""What tasks take, by chance: far less than the slots can do, so that backlogs are worked off."""
 
 GIVE_UP_S = 90.0
 

@@ -32,7 +32,7 @@ def report(
 
     left_out: faults that could not be injected, and why. arguments: those of the command.
     """
-    injections = sum(len(done.recoveries_s) for done in runs)
+    injections = sum(len(done.ended_at) for done in runs)
     accepted = sum(done.verdict.accepted for done in runs if done.verdict)
     bad = [done for done in runs if not done.is_good]
     lines = [
@@ -47,7 +47,7 @@ def report(
         "",
         "Each fault has one load, into which it is injected at random moments, each time when the "
         f"system is whole again. The load is {CLIENTS} clients that each hand over a task about "
-        f"every {PAUSE_S + 0.02:.1f} s, under a key, and repeat it until it is accepted; a third "
+        f"every {PAUSE_S:g} s, under a key, and repeat it until it is accepted; a third "
         "of the tasks delegates to a child; a schedule ticks every second. What was accepted is "
         "checked when the load is over.",
         "",
@@ -83,7 +83,7 @@ def _row(done: Run) -> str:
     median_s, longest_s = done.recovery_s
     cells = [
         done.fault if done.is_good else f"**{done.fault}: bad**",
-        len(done.recoveries_s),
+        len(done.ended_at),
         f"{done.load_s:.0f}",
         *counts,
         f"{median_s:.1f}",

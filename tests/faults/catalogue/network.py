@@ -9,12 +9,22 @@ from tests.faults.network import missing_filters
 from tests.faults.place import Kind, Place, last
 
 
-@fault("half-open connections to the broker", kind=Kind.PROXIED, missing=missing_filters)
+@fault(
+    "half-open connections to the broker",
+    kind=Kind.PROXIED,
+    is_long=True,
+    missing=missing_filters,
+)
 def lose_broker(place: Place, _: random.Random) -> None:
     _lose(place, "valkey")
 
 
-@fault("half-open connections to PostgreSQL", kind=Kind.PROXIED, missing=missing_filters)
+@fault(
+    "half-open connections to PostgreSQL",
+    kind=Kind.PROXIED,
+    is_long=True,
+    missing=missing_filters,
+)
 def lose_database(place: Place, _: random.Random) -> None:
     _lose(place, "postgresql")
 
