@@ -8,6 +8,7 @@ import json
 import random
 import shutil
 import signal
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -90,7 +91,7 @@ class Place:
                 env |= urls
             running = _start(home, free_offset(random.choice(FIRST_OFFSETS)), env)
             place = cls(running, kind, stores, links)
-            stack.callback(lambda: place.system.process.poll() is None and stop(place.system))
+            stack.callback(lambda: _insist(place.system.process))
             with place.database() as connection:
                 connection.execute("CREATE TABLE effects (task_id uuid)")
                 connection.execute("CREATE INDEX ON effects (task_id)")
@@ -225,6 +226,18 @@ def _start(home: Path, offset: int, env: dict[str, str]) -> System:
     running = start(home, offset, *chosen, **env)
     running.env["SUTAZAI_AGENTS"] = f"{AGENT}:agent"
     return running
+
+
+def _insist(process: subprocess.Popen[str]) -> None:
+    """End a system that has not ended: at once, as a second Ctrl-C does, or else by force."""
+    if process.poll() is not None:
+        return
+    process.send_signal(signal.SIGINT)
+    try:
+        process.wait(30)
+    except subprocess.TimeoutExpired:
+        process.kill()  # the kernel then ends the supervisor, and it everything else
+        process.wait(30)
 
 
 def _mount(stack: ExitStack, folder: Path, size: str) -> None:

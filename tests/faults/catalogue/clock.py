@@ -104,8 +104,7 @@ def _without(place: Place, names: Sequence[str]) -> Iterator[None]:
             supervisor.stop(name)
         yield
     finally:
-        for name in names:
-            supervisor.start(name)
+        supervisor.start_all()
 
 
 _LATELY = "heartbeat_at > now() - interval '10 seconds'"
