@@ -40,14 +40,14 @@ def run_all(faults: Sequence[Fault], plan: Plan, jobs: int) -> Generator[Run | s
     Whatever ends it, every process that was started is stopped.
     """
     spawn = multiprocessing.get_context("spawn")
-    waiting, shown, opening = spawn.Queue(), spawn.Queue(), spawn.Lock()
+    waiting, shown = spawn.Queue(), spawn.Queue()
     for fault in faults:
         waiting.put(fault.name)
     workers = []
     try:
         for _ in range(min(jobs, len(faults))):
             waiting.put(None)
-            workers.append(spawn.Process(target=_work, args=(plan, waiting, shown, opening)))
+            workers.append(spawn.Process(target=_work, args=(plan, waiting, shown)))
             workers[-1].start()
         yield from _listen(workers, shown)
     finally:
@@ -67,12 +67,12 @@ def _listen(workers: Sequence[SpawnProcess], shown: Any) -> Iterator[Run | str]:
                 return
 
 
-def _work(plan: Plan, waiting: Any, shown: Any, opening: Any) -> None:
+def _work(plan: Plan, waiting: Any, shown: Any) -> None:
     # Ctrl-C reaches every process of the terminal; the first one tells the others, once.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _interrupt)
     known = {fault.name: fault for fault in FAULTS}
-    places = Places(opening)
+    places = Places()
     try:
         while (name := waiting.get()) is not None:
             shown.put(_inject(places, known[name], plan, shown.put))

@@ -8,11 +8,12 @@ import json
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ import redis
 
 from sutazai import embedded
 from sutazai.settings import read_env_file
-from tests.acceptance.conftest import System, free_offset, start, stop
+from tests.acceptance.conftest import EXTRA, System, free_offset, start, stop
 from tests.conftest import free_port, started
 from tests.faults import disk
 from tests.faults.network import Proxy
@@ -36,7 +37,7 @@ TICK_S = 1.0
 """The period of the schedule that the agent declares."""
 
 FIRST_OFFSETS = range(4000, 24_000, 500)
-"""By chance, so that suites that start at the same moment do not choose the same."""
+"""Where to look for free ports: by chance, so that suites do not get in each other's way."""
 
 HOME_SIZE = "600m"
 LOGS_SIZE = "16m"
@@ -68,20 +69,12 @@ class Place:
     _stack: ExitStack = field(default_factory=ExitStack)
 
     @classmethod
-    def open(
-        cls,
-        folder: Path,
-        kind: Kind = Kind.PLAIN,
-        one_at_a_time: AbstractContextManager[Any] | None = None,
-    ) -> Place:
-        """Start the system and make the table that effects are counted in.
-
-        one_at_a_time: held while ports are chosen and taken.
-        """
+    def open(cls, folder: Path, kind: Kind = Kind.PLAIN) -> Place:
+        """Start the system and make the table that effects are counted in."""
         home = stores = folder / ".sutazai"
         env = {"PYTHONPATH": str(Path(__file__).parent / "agents")}
         links: dict[str, Proxy] = {}
-        with ExitStack() as stack, one_at_a_time or contextlib.nullcontext():
+        with ExitStack() as stack:
             if kind is Kind.CRAMPED:
                 _mount(stack, home, HOME_SIZE)
                 _mount(stack, home / "log", LOGS_SIZE)
@@ -89,7 +82,7 @@ class Place:
                 stores = folder / "stores"
                 links, urls = _proxied_stores(stack, stores)
                 env |= urls
-            running = _start(home, free_offset(random.choice(FIRST_OFFSETS)), env)
+            running = _start(home, _reserve_ports(stack), env)
             place = cls(running, kind, stores, links)
             stack.callback(lambda: _insist(place.system.process))
             with place.database() as connection:
@@ -240,6 +233,17 @@ def _insist(process: subprocess.Popen[str]) -> None:
         process.wait(30)
 
 
+def _reserve_ports(stack: ExitStack) -> int:
+    """Return a free offset, and keep others from it also while the system is being restarted."""
+    while True:
+        offset = free_offset(random.choice(FIRST_OFFSETS))
+        with contextlib.suppress(OSError):  # somebody was quicker
+            # The port of an agent that is not run here: who looks for an offset looks at it too.
+            guard = socket.create_server(("127.0.0.1", EXTRA["probe"] + offset))
+            stack.callback(guard.close)
+            return offset
+
+
 def _mount(stack: ExitStack, folder: Path, size: str) -> None:
     folder.mkdir(parents=True)
     disk.mount(folder, size)
@@ -269,8 +273,7 @@ def _proxied_stores(stack: ExitStack, home: Path) -> tuple[dict[str, Proxy], dic
 class Places:
     """The place that faults need, one at a time; opened when first asked for."""
 
-    def __init__(self, one_at_a_time: AbstractContextManager[Any] | None = None) -> None:
-        self._one_at_a_time = one_at_a_time
+    def __init__(self) -> None:
         self._place: Place | None = None
         self._folder: Path | None = None
 
@@ -280,7 +283,7 @@ class Places:
             code = self.close()
             assert code == 0, f"the system ended with {code}"
             self._folder = Path(tempfile.mkdtemp(prefix="sutazai-fault-", dir="/tmp"))
-            self._place = Place.open(self._folder, kind, self._one_at_a_time)
+            self._place = Place.open(self._folder, kind)
         return self._place
 
     def close(self) -> int:
