@@ -18,7 +18,7 @@ up: $(RUN_STAMP) ## Install what is needed and start the whole system (ARGS="--p
 test: $(DEV_STAMP) ## Run the whole test suite on private servers (ARGS="-k name")
 	$(BIN)/pytest $(ARGS)
 
-fault: $(DEV_STAMP) ## Inject every fault many times, write docs/faults.md (ARGS="--runs 5 --seconds 10 --only broker")
+fault: $(DEV_STAMP) ## Inject every fault many times, write docs/faults.md (ARGS="--runs 5 --seconds 10 --jobs 2 --only broker")
 	$(BIN)/python -m tests.faults $(ARGS)
 
 check: $(DEV_STAMP) ## Check format, lint, types and import contracts

@@ -21,6 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from supervisor import loggers
 from supervisor.datatypes import RestartUnconditionally
 from supervisor.medusa import asyncore_25
 from supervisor.options import (
@@ -124,6 +125,50 @@ class _Supervisor(Supervisord):  # type: ignore[misc]
                     process.stop_at_once()
 
 
+class _Log(loggers.Logger):  # type: ignore[misc]
+    """A log that loses lines while they cannot be written, as on a full disk, and ends nothing.
+
+    supervisord's own prints a traceback instead, which on a full disk fails too: then it would stop
+    reading what a program prints, which blocks the program, or end together with all programs.
+    """
+
+    handlers: list[loggers.FileHandler]
+    lost = 0
+
+    def addHandler(self, handler: Any) -> None:  # noqa: N802 - supervisord's name
+        handler.handleError = _raise_again
+        super().addHandler(handler)
+
+    def log(self, level: int, msg: Any, **kw: Any) -> None:
+        """Write a line, or count it as lost."""
+        if not self._write(level, msg, **kw):
+            self.lost += 1
+        elif self.lost and self._write(loggers.LevelsByName.WARN, f"{self.lost} writes lost\n"):
+            self.lost = 0
+
+    def _write(self, level: int, msg: Any, **kw: Any) -> bool:
+        try:
+            super().log(level, msg, **kw)
+        except (OSError, ValueError):  # ValueError: it could not be opened again
+            for handler in self.handlers:
+                self._renew(handler)
+            return False
+        return True
+
+    @staticmethod
+    def _renew(handler: Any) -> None:
+        """Open a file again: one that failed to be rotated is closed, or has a rest to write."""
+        with suppress(OSError):
+            handler.stream.close()
+        with suppress(OSError):
+            handler.stream = open(handler.baseFilename, "ab")  # noqa: PTH123, SIM115
+
+
+def _raise_again() -> None:
+    """Take the place of a handler's printing of the error that is being handled."""
+    raise  # noqa: PLE0704 - called while one is handled
+
+
 class _Process(Subprocess):  # type: ignore[misc]
     """One process of a program."""
 
@@ -203,6 +248,8 @@ class _ProcessConfig(ProcessConfig):  # type: ignore[misc]
 class _Options(ServerOptions):  # type: ignore[misc]
     """supervisord's configuration and its access to the operating system."""
 
+    logger: Any
+
     def __init__(self, layout: Layout, programs: Sequence[Program], run: Run) -> None:
         super().__init__()
         self.layout = layout
@@ -248,6 +295,18 @@ class _Options(ServerOptions):  # type: ignore[misc]
                 "password": None,
             }
         ]
+
+    def getLogger(self, level: int | None = None) -> _Log:  # noqa: N802 - supervisord's name
+        """Return the log of a program."""
+        return _Log(level)
+
+    def make_logger(self) -> None:
+        """Open supervisord's own log."""
+        super().make_logger()
+        handlers: list[Any] = self.logger.handlers
+        self.logger = self.getLogger(self.loglevel)
+        for handler in handlers:
+            self.logger.addHandler(handler)
 
     def set_uid_or_exit(self) -> None:
         """Stay who we are, without supervisord's warning about root."""

@@ -9,7 +9,7 @@ from datetime import datetime
 from typing import Any
 
 from tests.faults.load import Log
-from tests.faults.place import Place, until
+from tests.faults.place import AGENT, TICK_S, Place, until
 
 END_WITHIN_S = 90.0
 """The lease of 30 s, the relay and the backlog fit well within it."""
@@ -24,7 +24,8 @@ class Verdict:
     """Accepted, and never ended."""
 
     doubled: int
-    """Keys with two tasks, and tasks whose effect is there more or less than once."""
+    """Keys and ticks with two tasks, ticks before their time, and tasks whose effect is there more
+    or less than once."""
 
     failed: int
     """Tasks that did not succeed although nothing was wrong with them."""
@@ -35,8 +36,8 @@ class Verdict:
     stale: int
     """Tasks that run with an expired lease at the end."""
 
-    recovery_s: float
-    """From the end of the fault to the end of the last task that was accepted before it."""
+    ticks: int
+    """Tasks that Beat made meanwhile."""
 
     slowest_s: float
     """The slowest answer to a request."""
@@ -45,11 +46,11 @@ class Verdict:
     def is_good(self) -> bool:
         """Whether every promise was kept."""
         wrong = (self.lost, self.doubled, self.failed, self.unexplained, self.stale)
-        return self.accepted > 0 and not any(wrong)
+        return self.accepted > 0 and self.ticks > 0 and not any(wrong)
 
 
-def check(place: Place, log: Log, healed_at: datetime) -> Verdict:
-    """Wait until all that was accepted has ended, and judge."""
+def check(place: Place, log: Log, began_at: datetime) -> Verdict:
+    """Wait until all that was accepted since an instant has ended, and judge."""
     ids = [task_id for found in log.accepted.values() for task_id in found]
     which = "FROM tasks WHERE task_id = ANY(%s::uuid[])"
     unfinished = f"SELECT count(*) {which} AND finished_at IS NULL"
@@ -57,19 +58,36 @@ def check(place: Place, log: Log, healed_at: datetime) -> Verdict:
         until(lambda: place.value(unfinished, ids) == 0, END_WITHIN_S, "all tasks have ended")
     present = place.value(f"SELECT count(*) {which}", ids)
     lost = len(ids) - present + place.value(unfinished, ids)
-    last = place.value(f"SELECT max(finished_at) {which} AND created_at < %s", ids, healed_at)
     wrong = f"SELECT count(*) {which} AND finished_at IS NOT NULL AND state <> 'succeeded'"
     stale = "SELECT count(*) FROM tasks WHERE state = 'running' AND lease_expires_at < now()"
     return Verdict(
         accepted=len(log.accepted),
         lost=lost,
-        doubled=_doubled(place, log, ids),
+        doubled=_doubled(place, log, ids) + _doubled_ticks(place, began_at),
         failed=place.value(wrong, ids),
         unexplained=len(log.unexplained) + len(log.unanswered),
         stale=place.value(stale),
-        recovery_s=max(0.0, (last - healed_at).total_seconds()) if last else 0.0,
+        ticks=place.value(f"SELECT count(*) {_TICKS}", began_at),
         slowest_s=log.slowest_s,
     )
+
+
+_TICKS = f"FROM tasks WHERE scheduled_by = '{AGENT}.tick' AND created_at >= %s"
+
+
+def _doubled_ticks(place: Place, began_at: datetime) -> int:
+    """Count ticks with two tasks or with an early one, and tasks of ticks that ran twice."""
+    period = f"round(extract(epoch FROM tick_at) / {TICK_S})"
+    twice = (
+        f"SELECT count(*) FROM (SELECT {period} {_TICKS} GROUP BY 1 HAVING count(*) > 1) AS twice"
+    )
+    early = f"SELECT count(*) {_TICKS} AND tick_at > created_at"
+    effects = (
+        f"SELECT count(*) {_TICKS} AND finished_at IS NOT NULL AND "
+        "(SELECT count(*) FROM effects e WHERE e.task_id = tasks.task_id) "
+        "<> CASE WHEN state = 'succeeded' THEN 1 ELSE 0 END"
+    )
+    return sum(int(place.value(query, began_at)) for query in (twice, early, effects))
 
 
 def _doubled(place: Place, log: Log, ids: Collection[str]) -> int:

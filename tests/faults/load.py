@@ -15,8 +15,11 @@ import httpx
 from tests.faults.place import Place
 
 CLIENTS = 4
-PAUSE_S = 0.1
+PAUSE_S = 0.25
 """Between two tasks of one client, on average."""
+
+SECONDS = (*[0.0] * 8, 0.02, 0.2)
+"""What tasks take, by chance: far less than the slots can do, so that backlogs are worked off."""
 
 GIVE_UP_S = 90.0
 
@@ -45,9 +48,11 @@ class Load:
         self._place = place
         self._seed = seed
         self._stopping = threading.Event()
+        self._abandoned = False
         self._lock = threading.Lock()
         self._threads = [
-            threading.Thread(target=self._run, args=(number,)) for number in range(CLIENTS)
+            threading.Thread(target=self._run, args=(number,), daemon=True)
+            for number in range(CLIENTS)
         ]
 
     def __enter__(self) -> Load:
@@ -55,8 +60,9 @@ class Load:
             thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         self._stopping.set()
+        self._abandoned = error is not None
         for thread in self._threads:
             thread.join()
 
@@ -68,10 +74,10 @@ class Load:
 
     def _hand_over(self, client: httpx.Client, chance: random.Random) -> None:
         key = str(uuid4())
-        seconds = chance.choice([0, 0, 0, 0, 0.02, 0.2])
+        seconds = chance.choice(SECONDS)
         body = {"action": chance.choice(["work", "work", "pass_on"]), "seconds": seconds}
         until = time.monotonic() + GIVE_UP_S
-        while time.monotonic() < until:
+        while time.monotonic() < until and not self._abandoned:
             task_id = self._ask(client, key, body)
             if task_id is not None:
                 with self._lock:

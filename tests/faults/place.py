@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import enum
 import json
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,11 +23,32 @@ import psutil
 import psycopg
 import redis
 
+from sutazai import embedded
 from sutazai.settings import read_env_file
-from tests.acceptance.conftest import System, free_offset, start, stop
+from tests.acceptance.conftest import EXTRA, System, free_offset, start, stop
+from tests.conftest import free_port, started
+from tests.faults import disk
+from tests.faults.network import Proxy
 
 AGENT = "target"
+WORKER = f"worker-{AGENT}"
 PORT = 8191
+TICK_S = 1.0
+"""The period of the schedule that the agent declares."""
+
+FIRST_OFFSETS = range(4000, 24_000, 500)
+"""Where to look for free ports: by chance, so that suites do not get in each other's way."""
+
+HOME_SIZE = "600m"
+LOGS_SIZE = "16m"
+
+
+class Kind(enum.Enum):
+    """What a place is like beyond being a running system."""
+
+    PLAIN = "as `sutazai up` starts it"
+    PROXIED = "with a proxy in front of each store"
+    CRAMPED = "with home and logs on small disks"
 
 
 @dataclass
@@ -26,28 +56,56 @@ class Place:
     """A running system of one agent, and ways to reach its parts."""
 
     system: System
+    kind: Kind
+    stores: Path
+    """The home of PostgreSQL and the broker; the system's own, unless they are behind proxies."""
+
+    links: dict[str, Proxy] = field(default_factory=dict)
+    """The proxies, by what they stand before: postgresql and valkey."""
+
     notes: dict[str, float] = field(default_factory=dict)
     """What a fault has measured itself, in seconds."""
 
+    _stack: ExitStack = field(default_factory=ExitStack)
+
     @classmethod
-    def open(cls, home: Path) -> Place:
+    def open(cls, folder: Path, kind: Kind = Kind.PLAIN) -> Place:
         """Start the system and make the table that effects are counted in."""
-        agents = Path(__file__).parent / "agents"
-        running = start(
-            home,
-            free_offset(4000),
-            *("--agent", f"{AGENT}:agent", "--agents", AGENT, "--no-flower"),
-            PYTHONPATH=str(agents),
-        )
-        running.env["SUTAZAI_AGENTS"] = f"{AGENT}:agent"
-        place = cls(running)
-        with place.database() as connection:
-            connection.execute("CREATE TABLE IF NOT EXISTS effects (task_id uuid)")
+        home = stores = folder / ".sutazai"
+        env = {"PYTHONPATH": str(Path(__file__).parent / "agents")}
+        links: dict[str, Proxy] = {}
+        with ExitStack() as stack:
+            if kind is Kind.CRAMPED:
+                _mount(stack, home, HOME_SIZE)
+                _mount(stack, home / "log", LOGS_SIZE)
+            if kind is Kind.PROXIED:
+                stores = folder / "stores"
+                links, urls = _proxied_stores(stack, stores)
+                env |= urls
+            running = _start(home, _reserve_ports(stack), env)
+            place = cls(running, kind, stores, links)
+            stack.callback(lambda: _insist(place.system.process))
+            with place.database() as connection:
+                connection.execute("CREATE TABLE effects (task_id uuid)")
+                connection.execute("CREATE INDEX ON effects (task_id)")
+            place._stack = stack.pop_all()
         return place
 
     def close(self) -> int:
-        """Stop the system; return its exit code."""
-        return stop(self.system)
+        """Stop the system and clear up after it; return its exit code."""
+        with self._stack:
+            return stop(self.system)
+
+    def note(self, what: str, seconds: float) -> None:
+        """Keep the longest time that a fault has measured of something."""
+        self.notes[what] = max(seconds, self.notes.get(what, 0.0))
+
+    def restart(self) -> None:
+        """Stop the whole system as an operator does, and start it again."""
+        env = {name: value for name, value in self.system.env.items() if name in _KEPT}
+        code = stop(self.system)
+        assert code == 0, f"the system ended with {code}"
+        self.system = _start(self.system.home, self.system.offset, env)
 
     @property
     def url(self) -> str:
@@ -56,20 +114,24 @@ class Place:
 
     @property
     def env(self) -> dict[str, str]:
-        """The addresses of the stores."""
-        return dict(read_env_file(self.system.home / "env"))
+        """The addresses of the stores, past all proxies."""
+        return dict(read_env_file(self.stores / "env"))
 
-    def database(self, *, superuser: bool = False) -> psycopg.Connection[Any]:
-        """Connect to PostgreSQL, committing each statement; tried until it answers."""
+    def connect(self, *, superuser: bool = False) -> psycopg.Connection[Any]:
+        """Connect to PostgreSQL, committing each statement."""
         url = self.env["SUTAZAI_DATABASE_URL"]
         if superuser:
-            known = json.loads((self.system.home / "credentials.json").read_text())
+            known = json.loads((self.stores / "credentials.json").read_text())
             address = url.split("@", 1)[1]
             url = f"postgresql://postgres:{known['superuser']}@{address}"
+        return psycopg.connect(url, autocommit=True, connect_timeout=2)
+
+    def database(self, *, superuser: bool = False) -> psycopg.Connection[Any]:
+        """Connect to PostgreSQL; tried until it answers."""
 
         def connect() -> Any:
             try:
-                return psycopg.connect(url, autocommit=True, connect_timeout=2)
+                return self.connect(superuser=superuser)
             except psycopg.OperationalError:
                 return None
 
@@ -123,9 +185,22 @@ class Place:
 
         return until(ask, 60, "PostgreSQL answers")[0]
 
-    def state(self, task_id: str) -> str:
-        """Return the state of a task."""
-        return str(self.value("SELECT state FROM tasks WHERE task_id = %s", task_id))
+    def children(self) -> list[psutil.Process]:
+        """Return the processes of the worker's pool."""
+
+        def find() -> list[psutil.Process]:
+            try:
+                return list(self.process(WORKER).children())
+            except psutil.NoSuchProcess:
+                return []
+
+        found: list[psutil.Process] = until(find, 30, "the worker has a pool")
+        return found
+
+    def await_state(self, task_id: str, state: str, within_s: float) -> None:
+        """Wait until a task is in a state; raises `TimeoutError`."""
+        query = "SELECT state FROM tasks WHERE task_id = %s"
+        until(lambda: self.value(query, task_id) == state, within_s, f"{task_id} is {state}")
 
     def is_whole(self) -> bool:
         """Whether the agent is healthy."""
@@ -134,6 +209,121 @@ class Place:
         except httpx.HTTPError:
             return False
         return answer.status_code == 200 and answer.json()["status"] == "healthy"
+
+
+_KEPT = ("PYTHONPATH", "SUTAZAI_DATABASE_URL", "SUTAZAI_BROKER_URL")
+
+
+def _start(home: Path, offset: int, env: dict[str, str]) -> System:
+    chosen = ("--agent", f"{AGENT}:agent", "--agents", AGENT, "--no-flower")
+    running = start(home, offset, *chosen, **env)
+    running.env["SUTAZAI_AGENTS"] = f"{AGENT}:agent"
+    return running
+
+
+def _insist(process: subprocess.Popen[str]) -> None:
+    """End a system that has not ended: at once, as a second Ctrl-C does, or else by force."""
+    if process.poll() is not None:
+        return
+    process.send_signal(signal.SIGINT)
+    try:
+        process.wait(30)
+    except subprocess.TimeoutExpired:
+        process.kill()  # the kernel then ends the supervisor, and it everything else
+        process.wait(30)
+
+
+def _reserve_ports(stack: ExitStack) -> int:
+    """Return a free offset, and keep others from it also while the system is being restarted."""
+    while True:
+        offset = free_offset(random.choice(FIRST_OFFSETS))
+        with contextlib.suppress(OSError):  # somebody was quicker
+            # The port of an agent that is not run here: who looks for an offset looks at it too.
+            guard = socket.create_server(("127.0.0.1", EXTRA["probe"] + offset))
+            stack.callback(guard.close)
+            return offset
+
+
+def _mount(stack: ExitStack, folder: Path, size: str) -> None:
+    folder.mkdir(parents=True)
+    disk.mount(folder, size)
+    stack.callback(disk.unmount, folder)
+
+
+def _proxied_stores(stack: ExitStack, home: Path) -> tuple[dict[str, Proxy], dict[str, str]]:
+    """Start the stores by themselves, and a proxy for each; return the addresses of the proxies."""
+    ports = {"postgresql": free_port(), "valkey": free_port()}
+    direct = embedded.prepare(home, *ports.values())
+    for program in embedded.server_programs(home):
+        stack.enter_context(started(home, program))
+    embedded.wait_for_servers(direct)
+    links = {name: Proxy(port) for name, port in ports.items()}
+    for link in links.values():
+        stack.callback(link.close)
+    urls = {
+        variable: direct[variable].replace(f":{ports[name]}/", f":{links[name].port}/")
+        for variable, name in (
+            ("SUTAZAI_DATABASE_URL", "postgresql"),
+            ("SUTAZAI_BROKER_URL", "valkey"),
+        )
+    }
+    return links, urls
+
+
+class Places:
+    """The place that faults need, one at a time; opened when first asked for."""
+
+    def __init__(self) -> None:
+        self._place: Place | None = None
+        self._folder: Path | None = None
+
+    def of(self, kind: Kind) -> Place:
+        """Return a place of a kind, healthy or not."""
+        if self._place is None or self._place.kind is not kind:
+            code = self.close()
+            assert code == 0, f"the system ended with {code}"
+            self._folder = Path(tempfile.mkdtemp(prefix="sutazai-fault-", dir="/tmp"))
+            self._place = Place.open(self._folder, kind)
+        return self._place
+
+    def close(self) -> int:
+        """Close what is open; return the exit code of its system."""
+        place, folder = self._place, self._folder
+        self._place = self._folder = None
+        try:
+            return place.close() if place else 0
+        finally:
+            if folder:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def discard(self) -> None:
+        """Close what is open, in whatever state it is."""
+        with contextlib.suppress(Exception):
+            self.close()
+
+
+@contextmanager
+def frozen(*processes: psutil.Process) -> Iterator[Sequence[psutil.Process]]:
+    """Suspend processes while entered."""
+    try:
+        for process in processes:
+            process.suspend()
+        yield processes
+    finally:
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.resume()
+
+
+def kill(process: psutil.Process) -> None:
+    """Kill a process, unless it was quicker."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process.send_signal(signal.SIGKILL)
+
+
+def last(seconds: float) -> None:
+    """Let a fault last for so long."""
+    time.sleep(seconds)
 
 
 def until(condition: Callable[[], Any], within_s: float, what: str) -> Any:

@@ -5,6 +5,7 @@ The programs report on their standard output, so what they did stands in their l
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import sys
@@ -27,6 +28,10 @@ def run(args: list[str]) -> int:
     if args[0] == "crash":
         say("crashed")
         return 3
+    if args[0] == "chatty":
+        for number in itertools.count():
+            say(f"line {number}")
+            time.sleep(0.01)
     deaf = args[0] == "deaf"
     signal.signal(signal.SIGTERM, lambda *_: None if deaf else sys.exit(0))
     offspring = os.fork()
@@ -48,6 +53,7 @@ def programs(home: Path, ports: list[int]) -> list[embedded.Program]:
     ours = [
         embedded.Program(name="steady", args=("steady", "x y"), env={"COLOUR": "50% red"}),
         embedded.Program(name="crash", args=("crash",), autostart=False),
+        embedded.Program(name="chatty", args=("chatty",), autostart=False),
         embedded.Program(name="deaf", args=("deaf",), autostart=False),
     ]
     if not ports:

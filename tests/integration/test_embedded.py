@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -15,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 import psycopg
@@ -43,9 +44,11 @@ def home() -> Iterator[Path]:
 
 
 @contextmanager
-def supervised(home: Path, *ports: int) -> Iterator[subprocess.Popen[str]]:
+def supervised(
+    home: Path, *ports: int, stderr: int | IO[str] = subprocess.PIPE
+) -> Iterator[subprocess.Popen[str]]:
     """Supervise a home in a process of its own, in which `steady` runs on entering."""
-    process = start(home, *ports)
+    process = start(home, *ports, stderr=stderr)
     try:
         wait_for(lambda: process.poll() or state(home, "steady").state == "RUNNING")
         assert process.poll() is None, process.communicate()[1]
@@ -55,12 +58,14 @@ def supervised(home: Path, *ports: int) -> Iterator[subprocess.Popen[str]]:
         process.communicate()
 
 
-def start(home: Path, *ports: int) -> subprocess.Popen[str]:
+def start(
+    home: Path, *ports: int, stderr: int | IO[str] = subprocess.PIPE
+) -> subprocess.Popen[str]:
     source = f"{Path(embedded.__file__).parents[2]}:{os.environ.get('PYTHONPATH', '')}"
     return subprocess.Popen(
         [sys.executable, str(SCRIPT), str(home), *map(str, ports)],
         env={**os.environ, "PYTHONPATH": source},
-        stderr=subprocess.PIPE,
+        stderr=stderr,
         text=True,
     )
 
@@ -222,6 +227,27 @@ def test_a_program_that_always_fails_is_tried_for_ever(home: Path) -> None:
         wait_for(lambda: state(home, "crash").exit_status == 3)
         Supervisor(home).stop("crash")
         assert state(home, "crash").state == "STOPPED"
+
+
+@linux
+def test_logs_that_cannot_be_written_end_nothing_and_go_on_when_they_can(home: Path) -> None:
+    log = embedded.Layout(home).log("chatty")
+    # As in `sutazai up`, where what supervisord prints itself goes to a file too.
+    with (home.parent / "stderr").open("w") as stderr, supervised(home, stderr=stderr) as process:
+        client = Supervisor(home)
+        client.start("chatty")
+        pid = state(home, "chatty").pid
+        wait_for(lambda: log.exists() and log.read_text())
+        # Of this process only, and of files only: to write to one fails as on a full disk.
+        limits = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (0, limits[1]))
+        client.stop("steady")  # which supervisord's own log tells of
+        assert client.running()
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, limits)
+        wait_for(lambda: "writes lost" in log.read_text())
+        wait_for(lambda: log.read_text().splitlines()[-1].startswith("line "))
+        assert state(home, "chatty").pid == pid
+        assert process.poll() is None
 
 
 def test_the_client_stops_starts_and_shuts_down(home: Path) -> None:

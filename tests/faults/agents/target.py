@@ -2,6 +2,7 @@
 
 import os
 import time
+from datetime import timedelta
 
 from pydantic import BaseModel, Field
 from sqlalchemy import text
@@ -25,10 +26,21 @@ def work(params: Seconds, context: Context) -> Done:
     until = time.monotonic() + params.seconds
     while time.monotonic() < until and not context.cancelled:
         time.sleep(0.01)
+    _leave_effect(context)
+    return Done(attempt=context.attempt)
+
+
+@agent.action(time_limit_s=60, every=timedelta(seconds=1))
+def tick(params: NoParams, context: Context) -> Done:
+    """Leave one row with the outcome of each second's task."""
+    _leave_effect(context)
+    return Done(attempt=context.attempt)
+
+
+def _leave_effect(context: Context) -> None:
     context.write(
         text("INSERT INTO effects (task_id) VALUES (:task_id)").bindparams(task_id=context.task_id)
     )
-    return Done(attempt=context.attempt)
 
 
 @agent.action(time_limit_s=60)

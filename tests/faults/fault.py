@@ -1,0 +1,50 @@
+"""What a fault is, and the list of all that modules of the catalogue fill."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tests.faults.place import Kind, Place
+
+Inject = Callable[[Place, random.Random], None]
+
+
+def _nothing() -> str:
+    return ""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One way in which the world goes wrong."""
+
+    name: str
+    inject: Inject
+    kind: Kind
+    """The place that it needs."""
+
+    is_long: bool
+    """Only in the long form."""
+
+    missing: Callable[[], str]
+    """Says what this machine lacks for it; empty when nothing."""
+
+
+FAULTS: list[Fault] = []
+
+
+def fault(
+    name: str,
+    *,
+    kind: Kind = Kind.PLAIN,
+    is_long: bool = False,
+    missing: Callable[[], str] = _nothing,
+) -> Callable[[Inject], Inject]:
+    """Add a function to the catalogue: it injects, lets heal, and raises when a promise broke."""
+
+    def add(inject: Inject) -> Inject:
+        FAULTS.append(Fault(name, inject, kind, is_long, missing))
+        return inject
+
+    return add
