@@ -1,11 +1,7 @@
 """The life of a task, statement by statement, on a real PostgreSQL."""
 
 import threading
-import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
-from functools import partial
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -332,60 +328,6 @@ def test_a_late_task_that_somebody_works_on_holds_up_no_other() -> None:
     with db.transaction() as connection:
         gone = {each.task_id for each in lifecycle.expire(connection)}
     assert gone == {locked, child.task_id}
-
-
-def _at_once(*verbs: Callable[[], Any]) -> None:
-    """Run verbs at the same instant; nobody is to wait for a deadlock to be found (1 s)."""
-    together = threading.Barrier(len(verbs))
-
-    def run(verb: Callable[[], Any]) -> float:
-        together.wait(10)
-        began = time.monotonic()
-        verb()
-        return time.monotonic() - began
-
-    with ThreadPoolExecutor(len(verbs)) as pool:
-        assert max(pool.map(run, verbs)) < 0.9
-
-
-def test_cancelling_three_generations_does_not_deadlock_with_the_end_of_the_last() -> None:
-    for _ in range(30):
-        grandparent = accept()
-        grand_claim, _ = claim(grandparent)
-        parent = Submission(work, {}, parent_id=grandparent, call_index=1)
-        child = Submission(work, {}, parent_id=parent.task_id, call_index=1)
-        with db.transaction() as connection:
-            for each in (parent, child):
-                admission.accept(connection, each, rung=False)
-        parent_claim, _ = claim(parent.task_id)
-        child_claim, _ = claim(child.task_id)
-        delegate(grandparent, grand_claim, parent.task_id)
-        delegate(parent.task_id, parent_claim, child.task_id)
-
-        def cancel(task_id: UUID = grandparent) -> None:
-            with db.transaction() as connection:
-                lifecycle.cancel(connection, task_id)
-
-        _at_once(cancel, partial(finish, child.task_id, child_claim))
-        assert read(child.task_id).finished_at is not None
-        assert {read(each).state for each in (grandparent, parent.task_id)} <= {
-            "succeeded",
-            "cancelled",
-        }
-
-
-def test_replacing_a_keys_task_does_not_deadlock_with_its_end() -> None:
-    for number in range(30):
-        options = {"concurrency_key": f"k{number}", "on_conflict": "replace"}
-        running = accept(**options)
-        claim_id = uuid4()
-        known = {"agent": "tester", "action": "work", "claim_id": claim_id, "worker": "w"}
-        with db.transaction() as connection:
-            limits = lifecycle.KeyLimits(1, None)
-            site = {"worker_id": uuid4(), "host": "here"}
-            assert lifecycle.claim(connection, running, limits, **known, **site)
-        _at_once(partial(accept, **options), partial(finish, running, claim_id))
-        assert read(running).state == "succeeded"
 
 
 def test_the_same_call_of_a_parent_makes_one_child() -> None:

@@ -18,12 +18,13 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from pydantic import BaseModel
-from sqlalchemy import text
+from sqlalchemy import select, text
 
 from sutazai import admission, db, lifecycle, statements
 from sutazai.agent import Agent, Context, NoParams
 from sutazai.errors import KeyReused
 from sutazai.models import metadata, new_id
+from sutazai.models import tasks as tasks_table
 from sutazai.state import MOVES, Outcome, State
 from sutazai.submission import Options, Submission
 
@@ -119,6 +120,12 @@ class Life(RuleBasedStateMachine):
         claimant = {"agent": "tester", "claim_id": uuid4(), "worker": f"tester@{which}"}
         claimant |= {"worker_id": self.workers[which], "host": "here"}
         with db.transaction() as connection:
+            query = select(tasks_table.c.action, tasks_table.c.concurrency_key)
+            known = connection.execute(query.where(tasks_table.c.task_id == task_id)).first()
+        if known is None:
+            return multiple()  # pruned
+        claimant["action"] = known.action
+        with db.transaction() as connection:
             row = connection.execute(statements.claim(task_id, **claimant)).first()
         if row is None:
             with db.transaction() as connection:
@@ -128,7 +135,8 @@ class Life(RuleBasedStateMachine):
         before = self.seen.get(task_id)
         assert before is None or before.state == State.QUEUED
         assert before is None or row.attempt == before.attempt + 1
-        return (task_id, claimant["claim_id"], row.parent_id)
+        claim_id = claimant["claim_id"]
+        return lifecycle.Claim(task_id, claim_id, "tester", row.parent_id, known.concurrency_key)
 
     @rule(claim=claims, fraction=st.floats(0, 1))
     def progress(self, claim: Any, fraction: float) -> None:
@@ -141,31 +149,21 @@ class Life(RuleBasedStateMachine):
         held = self.holds(claim)
         error = None if state is State.SUCCEEDED else FAILED
         result = {"number": 1} if state is State.SUCCEEDED else None
-        task_id, claim_id, parent_id = claim
+        outcome = Outcome(state.value)
         with db.transaction() as connection:
-            done = lifecycle.end(
-                connection,
-                task_id,
-                claim_id,
-                state,
-                Outcome(state.value),
-                parent_id=parent_id,
-                result=result,
-                error=error,
-            )
-        assert done is held, "an attempt without its lease must change nothing, any other its task"
+            ended = lifecycle.end(connection, claim, state, outcome, result=result, error=error)
+        # An attempt without its lease must change nothing, any other its task.
+        assert (ended is not None) is held
+        assert ended is None or ended[0] == (claim.task_id, "tester", state)
 
     @rule(claim=claims, drained=st.booleans())
     def put_back(self, claim: Any, drained: bool) -> None:
         held = self.holds(claim)
-        task_id, claim_id, parent_id = claim
         outcome = Outcome.RELEASED if drained else Outcome.FAILED
         with db.transaction() as connection:
             charge = {} if drained else {"failures": 1, "error": FAILED}
-            done = lifecycle.requeue(
-                connection, task_id, claim_id, outcome, parent_id=parent_id, **charge
-            )
-        assert done is held
+            ended = lifecycle.requeue(connection, claim, outcome, **charge)
+        assert (ended is not None) is held
 
     @rule(claim=claims, target=tasks)
     def delegate(self, claim: Any) -> Any:
@@ -176,7 +174,8 @@ class Life(RuleBasedStateMachine):
         with db.transaction() as connection:
             accepted = admission.accept(connection, child, rung=True)
         with db.transaction() as connection:
-            assert lifecycle.delegate(connection, claim[0], claim[1], accepted.task_id)
+            ended = lifecycle.delegate(connection, claim, accepted.task_id)
+        assert ended is not None
         return accepted.task_id if accepted.fresh else multiple()
 
     @rule(claim=consumes(claims), own_process=st.booleans())
