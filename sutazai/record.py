@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from uuid import UUID
 
+from sutazai import statements
 from sutazai.state import Outcome, State
 
 if TYPE_CHECKING:
-    from sqlalchemy import Row
+    from sqlalchemy import Row, TextClause
 
 _FIELDS = (
     "agent",
@@ -53,50 +55,74 @@ class Event(NamedTuple):
     """Something that happened to a task, for those who follow it."""
 
     event_id: int
-    """Grows with time; see `statements.progress`."""
+    """Grows with time; see `statements.progress`, and `events` for the end."""
 
     kind: Literal["state", "progress", "log", "result"]
     data: dict[str, Any]
 
 
 EVENTS_PAGE = 1000
-"""Stored events that are read at once."""
+"""Stored events that are read at once, at least."""
 
 _LAST_STATE, _LAST = 998, 999
 """Places within a microsecond: what is stored comes before the change of state that follows it."""
 
+_END = 2
+"""Events that end every task: the last change of state, and the result."""
 
-def state_events(row: Row[Any]) -> list[Event]:
-    """Return the changes of state that a task's row and its attempts tell of, and the result."""
-    task = task_json(row)
 
-    def change(at: str, place: int, state: str, **more: Any) -> Event:
-        data = {"task_id": task["task_id"], "state": state, "at": at, **more}
-        return Event(_event_id(at, place), "state", data)
-
-    events = [change(task["created_at"], 0, State.QUEUED)]
-    for attempt in task["attempts"]:
-        who = {"attempt": attempt["attempt"], "worker": attempt["worker"]}
-        events.append(change(attempt["started_at"], 0, State.RUNNING, **who))
-        if attempt["ended_at"] and attempt["ended_at"] != task["finished_at"]:
-            waits = attempt["outcome"] == Outcome.DELEGATED
-            state = State.WAITING if waits else State.QUEUED
-            more = {**who, "outcome": attempt["outcome"], "error": attempt["error"]}
-            events.append(change(attempt["ended_at"], _LAST_STATE, state, **more))
-    if task["finished_at"]:
-        at = task["finished_at"]
-        events.append(change(at, _LAST_STATE, task["state"], error=task["error"]))
-        events.append(Event(_event_id(at, _LAST), "result", task))
-    return events
+def follow(task_id: UUID, after: int) -> TextClause:
+    """Return the statement whose row `events` takes, with the same `after`."""
+    return statements.followed(task_id, after - _END, EVENTS_PAGE + _END)
 
 
 def events(row: Row[Any], after: int) -> list[Event]:
-    """Return what happened after an event, in order, of a row of `statements.followed`."""
+    """Return what happened after an event, in order; of an ended task nothing after its result.
+
+    The end comes last, whatever the clock says: `finished_at` is when its transaction began, which
+    may be before an event that others have committed meanwhile. Its two ids then follow those of
+    all other events; so what an id stands for can be told from the events before it.
+    """
+    task = task_json(row)
     told = [Event(*item) for item in row.told or []]
-    changes = [event for event in state_events(row) if event.event_id > after]
-    if len(told) >= EVENTS_PAGE:
-        changes = [event for event in changes if event.event_id < told[-1].event_id]
-    return sorted([*told, *changes], key=lambda event: event.event_id)
+    known = sorted([*told, *_changes(task)], key=lambda event: event.event_id)
+    news = [event for event in known if event.event_id > after]
+    if len(told) >= EVENTS_PAGE + _END:
+        return [event for event in news if event.event_id <= told[-1].event_id]
+    if not task["finished_at"]:
+        return news
+    end_id = _event_id(task["finished_at"], _LAST_STATE)
+    ids = {event.event_id for event in known}
+    if after >= end_id and after not in ids:
+        is_state = after == end_id or after - 1 in ids
+        return _end(task, after)[1:] if is_state else []
+    last = max(ids)
+    return [*news, *_end(task, max(end_id, last + 1))]
+
+
+def _changes(task: dict[str, Any]) -> list[Event]:
+    """Return the changes of state that a task and its attempts tell of, but for the last one."""
+    events = [_change(task, _event_id(task["created_at"], 0), task["created_at"], State.QUEUED)]
+    for attempt in task["attempts"]:
+        who = {"attempt": attempt["attempt"], "worker": attempt["worker"]}
+        began, ended = attempt["started_at"], attempt["ended_at"]
+        events.append(_change(task, _event_id(began, 0), began, State.RUNNING, **who))
+        if ended and ended != task["finished_at"]:
+            waits = attempt["outcome"] == Outcome.DELEGATED
+            state = State.WAITING if waits else State.QUEUED
+            more = {**who, "outcome": attempt["outcome"], "error": attempt["error"]}
+            events.append(_change(task, _event_id(ended, _LAST_STATE), ended, state, **more))
+    return events
+
+
+def _end(task: dict[str, Any], event_id: int) -> list[Event]:
+    """Return the last change of state and the result, whose ids follow each other."""
+    state = _change(task, event_id, task["finished_at"], task["state"], error=task["error"])
+    return [state, Event(event_id + 1, "result", task)]
+
+
+def _change(task: dict[str, Any], event_id: int, at: str, state: str, **more: Any) -> Event:
+    return Event(event_id, "state", {"task_id": task["task_id"], "state": state, "at": at, **more})
 
 
 def _event_id(at: str, place: int) -> int:

@@ -12,12 +12,12 @@ import orjson
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from sutazai import record, statements
+from sutazai import record
 from sutazai.api import store
 from sutazai.api.front import front_of
-from sutazai.api.tasks import find_or_refuse, read_task_id
+from sutazai.api.tasks import read_task_id
 from sutazai.api.waiting import Waiting
-from sutazai.errors import DatabaseUnavailable, InvalidInput
+from sutazai.errors import DatabaseUnavailable, InvalidInput, TaskNotFound
 from sutazai.record import EVENTS_PAGE, Event
 
 POLL_S = 1.0
@@ -37,8 +37,10 @@ async def stream_events(request: Request) -> Response:
     """
     after = _last_event_id(request)
     task_id = read_task_id(request)
-    row = await find_or_refuse(task_id)
-    if row.finished_at is not None and after >= record.state_events(row)[-1].event_id:
+    row = await store.first(record.follow(task_id, after))
+    if row is None:
+        raise TaskNotFound
+    if row.finished_at is not None and not record.events(row, after):
         return Response(status_code=204)
     stream = _stream(front_of(request).waiting, task_id, after)
     return StreamingResponse(stream, media_type="text/event-stream", headers=_HEADERS)
@@ -81,7 +83,7 @@ async def _stream(waiting: Waiting, task_id: UUID, after: int) -> AsyncIterator[
 
 async def _read(task_id: UUID, after: int) -> list[Event]:
     """Return the next events in order."""
-    row = await store.first(statements.followed(task_id, after, EVENTS_PAGE))
+    row = await store.first(record.follow(task_id, after))
     if row is None:
         return []
     return record.events(row, after)

@@ -158,12 +158,12 @@ def watch(
 
     Exit code: 0 succeeded, 1 failed or cancelled, 3 still not ended.
     """
-    from sutazai import db, record, statements
+    from sutazai import db, record
 
     settings().require_services()
     wanted, after, until = _task_id(task_id), 0, time.monotonic() + wait
     while True:
-        rows = db.run(statements.followed(wanted, after, record.EVENTS_PAGE))
+        rows = db.run(record.follow(wanted, after))
         if not rows:
             raise TaskNotFound(f"There is no task {wanted}.")
         for event in record.events(rows[0], after):

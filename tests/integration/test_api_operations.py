@@ -6,6 +6,7 @@ import json
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -13,7 +14,8 @@ import httpx
 import pytest
 from sqlalchemy import text
 
-from sutazai import db, statements
+from sutazai import db, lifecycle, statements
+from sutazai.state import Outcome
 from tests.integration.served import Front, agent, until
 from tests.integration.test_api_front import count_tasks
 
@@ -297,18 +299,82 @@ def test_an_end_at_an_even_microsecond_is_told_once(front: Front) -> None:
     assert attempt["ended_at"].endswith("12:00:00.123450Z")
 
 
-def test_events_resume_where_they_were_broken_off(front: Front) -> None:
+@pytest.mark.parametrize("set_back_s", [0, 3600])
+def test_events_resume_where_they_were_broken_off(front: Front, set_back_s: int) -> None:
     task_id = front.client.post("/process", json={"action": "talk"}).json()["task_id"]
+    with db.transaction() as connection:
+        # As if the database's clock had been set back before the end.
+        connection.execute(
+            text("UPDATE task_events SET event_id = event_id + :more"),
+            {"more": set_back_s * 1_000_000_000},
+        )
     path = f"/tasks/{task_id}/events"
     told = events(front.client.get(path).text)
-    for index, (event_id, _, _) in enumerate(told[:-1]):
-        rest = front.client.get(path, headers={"Last-Event-ID": str(event_id)})
-        assert events(rest.text) == told[index + 1 :]
-    over = front.client.get(path, headers={"Last-Event-ID": str(told[-1][0])})
-    assert (over.status_code, over.text) == (204, "")
+    assert [kind for _, kind, _ in told[-2:]] == ["state", "result"]
+    assert len(told) == 9, "nothing is missing: see the whole story"
+    resumes_everywhere(front, path, told)
     for bad in ("x", "-1", str(1 << 64)):
         assert front.client.get(path, headers={"Last-Event-ID": bad}).status_code == 422
     assert front.client.get(f"/tasks/{uuid4()}/events").status_code == 404
+
+
+def resumes_everywhere(front: Front, path: str, told: list[tuple[int, str, Any]]) -> None:
+    ids = [event_id for event_id, _, _ in told]
+    assert ids == sorted(set(ids))
+    for index, event_id in enumerate(ids[:-1]):
+        rest = front.client.get(path, headers={"Last-Event-ID": str(event_id)})
+        assert events(rest.text) == told[index + 1 :]
+    for over in (ids[-1], (1 << 63) - 1):
+        answer = front.client.get(path, headers={"Last-Event-ID": str(over)})
+        assert (answer.status_code, answer.text) == (204, "")
+
+
+def test_an_end_that_began_before_other_events_is_told_after_them(front: Front) -> None:
+    task_id = front.queue("nothing")
+    path = f"/tasks/{task_id}/events"
+    seen: list[str] = []
+    with ExitStack() as cancelling, front.client.stream("GET", path) as stream:
+        connection = cancelling.enter_context(db.transaction())
+        connection.execute(text("SELECT now()"))  # which it will have ended at
+        put_back(UUID(task_id))
+        for line in stream.iter_lines():
+            assert line[:1] != ":", "nothing came for so long that a comment was sent"
+            seen.append(line)
+            if not line and seen.count("event: state") == 3:  # queued, running, queued
+                lifecycle.cancel(connection, UUID(task_id))
+                cancelling.close()
+    told = events("\n".join(seen))
+    states = [data["state"] for _, _, data in told]
+    assert states == ["queued", "running", "queued", "cancelled", "cancelled"]
+    assert told[-1][1] == "result"
+    assert events(front.client.get(path).text) == told
+    resumes_everywhere(front, path, told)
+
+
+def put_back(task_id: UUID) -> None:
+    held = lifecycle.Claim(task_id, uuid4(), agent.name, None, None)
+    names = {"agent": agent.name, "action": "nothing", "worker": "x@here", "host": "here"}
+    claim = statements.claim(task_id, claim_id=held.claim_id, worker_id=uuid4(), **names)
+    with db.transaction() as connection:
+        connection.execute(claim).one()
+    with db.transaction() as connection:
+        assert lifecycle.requeue(connection, held, Outcome.RELEASED) == []
+
+
+def test_a_line_that_comes_after_the_end_changes_nothing(front: Front) -> None:
+    task_id = front.client.post("/process", json={"action": "nothing"}).json()["task_id"]
+    path = f"/tasks/{task_id}/events"
+    *_, state, result = events(front.client.get(path).text)
+    with db.transaction() as connection:
+        # Lines are told without the lock of the task's row, so they may come after its end.
+        connection.execute(
+            text("INSERT INTO task_events VALUES (:task_id, :event_id, 'log', '{}')"),
+            {"task_id": task_id, "event_id": result[0] + 5000},
+        )
+    rest = front.client.get(path, headers={"Last-Event-ID": str(state[0])})
+    assert events(rest.text) == [result]
+    over = front.client.get(path, headers={"Last-Event-ID": str(result[0])})
+    assert (over.status_code, over.text) == (204, "")
 
 
 def test_events_come_while_the_task_goes_on(front: Front) -> None:
