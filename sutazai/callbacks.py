@@ -85,9 +85,9 @@ def _not_public(host: str) -> str:
 
 
 def _is_allowed(host: str, address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
-    mapped = getattr(address, "ipv4_mapped", None)
-    address = mapped or address
-    if address.is_global and not address.is_multicast:
+    if isinstance(address, ipaddress.IPv6Address):
+        address = address.ipv4_mapped or address
+    if _is_public(address):
         return True
     for entry in settings().callback_hosts:
         if "/" in entry:
@@ -97,6 +97,21 @@ def _is_allowed(host: str, address: ipaddress.IPv4Address | ipaddress.IPv6Addres
         elif entry in (host, str(address)):
             return True
     return False
+
+
+def _is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    if isinstance(address, ipaddress.IPv6Address) and (
+        address not in _UNICAST or any(address in network for network in _TUNNELS)
+    ):
+        return False
+    return address.is_global and not address.is_multicast
+
+
+_UNICAST = ipaddress.IPv6Network("2000::/3")
+"""All of IPv6 that is given to anybody (RFC 4291, 2.4); NAT64 and IPv4 within IPv6 lie outside."""
+
+_TUNNELS = (ipaddress.IPv6Network("2002::/16"), ipaddress.IPv6Network("2001::/23"))
+"""6to4 (RFC 3056), and Teredo with all else of special purpose: their packets may go to IPv4."""
 
 
 # --- delivery -------------------------------------------------------------------------------

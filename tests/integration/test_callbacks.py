@@ -200,3 +200,35 @@ def test_networks_can_be_allowed(allowed: str, host: str) -> None:
     override(callback_hosts=allowed)
     assert callbacks.checked(options) is options
     override(callback_secret=None, callback_hosts=None)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "64:ff9b::7f00:1",  # NAT64
+        "64:ff9b:1::1",
+        "2002:7f00:1::",  # 6to4
+        "::7f00:1",
+        "::ffff:7f00:1",
+        "fec0::1",
+        "2001:0:4136:e378:8000:63bf:80ff:fffe",  # Teredo
+        "2001:db8::1",
+        "ff0e::1",
+    ],
+)
+def test_an_address_that_carries_another_is_not_public(address: str) -> None:
+    options = Options(callback_url=f"http://[{address}]/")
+    override(callback_secret=SECRET)
+    with pytest.raises(InvalidInput, match="not a public address"):
+        callbacks.checked(options)
+    override(callback_hosts="::/0,0.0.0.0/0")
+    assert callbacks.checked(options) is options
+    override(callback_secret=None, callback_hosts=None)
+
+
+@pytest.mark.parametrize("host", ["[2a00:1450:4001:812::200e]", "[::ffff:8.8.8.8]", "8.8.8.8"])
+def test_public_addresses_are_called(host: str) -> None:
+    override(callback_secret=SECRET)
+    options = Options(callback_url=f"https://{host}/")
+    assert callbacks.checked(options) is options
+    override(callback_secret=None)
