@@ -19,7 +19,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 import httpx
 
@@ -57,13 +56,7 @@ def checked(options: Options) -> Options:
         return options
     if not settings().callback_secret:
         raise _refusal("callbacks are signed: set SUTAZAI_CALLBACK_SECRET on fronts and relays")
-    try:
-        parts = urlsplit(options.callback_url)
-        host, _ = parts.hostname, parts.port
-    except ValueError as error:
-        raise _refusal(str(error)) from None
-    if not host or parts.username is not None:
-        raise _refusal("it must name a host, and no user")
+    host = _read(options.callback_url).host
     try:
         address = ipaddress.ip_address(host)
     except ValueError:
@@ -73,6 +66,23 @@ def checked(options: Options) -> Options:
     if not _is_allowed(host, address):
         raise _refusal(_not_public(host))
     return options
+
+
+def _read(address: str) -> httpx.URL:
+    """Read a URL; raises `InvalidInput` when nothing could ever be posted there."""
+    try:
+        url = httpx.URL(address)
+    except httpx.InvalidURL as error:
+        raise _refusal(str(error)) from None
+    if not url.host or url.userinfo:
+        raise _refusal("it must name a host, and no user")
+    if url.port is not None and not 1 <= url.port <= 65535:
+        raise _refusal("its port is not between 1 and 65535")
+    try:
+        url.raw_host.decode().encode("idna")  # as the look-up will do
+    except UnicodeError:
+        raise _refusal("the host has a part that is empty or longer than 63 characters") from None
+    return url
 
 
 def _refusal(why: str) -> InvalidInput:
@@ -144,6 +154,8 @@ class Courier:
             status = self._post(due)
             if status == _GONE:
                 error = "the receiver answered 410 Gone"
+        except (InvalidInput, httpx.InvalidURL, UnicodeError) as fault:
+            error = f"it can never be posted: {fault}"[:500]
         except (NotDelivered, httpx.HTTPError, OSError) as fault:
             error = f"{type(fault).__name__}: {fault}"[:500]
             settled = due.callback_tries >= TRIES
@@ -163,7 +175,7 @@ class Courier:
     def _post(self, due: Row[Any]) -> int:
         [row] = db.run(statements.task(due.task_id))
         body = payload.dumps(record.task_json(row)).encode()
-        url = httpx.URL(due.callback_url)
+        url = _read(due.callback_url)
         host = url.host
         headers = sign(str(due.task_id), body) | {
             "Host": url.netloc.decode(),
@@ -199,9 +211,7 @@ def sign(task_id: str, body: bytes, at: int | None = None) -> dict[str, str]:
 
     at: seconds since the epoch, part of what is signed; default: now.
     """
-    secret = settings().callback_secret or ""
-    prefix, _, encoded = secret.partition("_")
-    key = base64.b64decode(encoded) if prefix == "whsec" else secret.encode()
+    key = settings().callback_key
     timestamp = str(int(time.time()) if at is None else at)
     signed = b".".join((task_id.encode(), timestamp.encode(), body))
     signature = base64.b64encode(hmac.new(key, signed, hashlib.sha256).digest()).decode()

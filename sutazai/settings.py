@@ -6,6 +6,7 @@ names, else from `$SUTAZAI_HOME/env`, which `sutazai up` writes for its embedded
 
 from __future__ import annotations
 
+import base64
 import ipaddress
 import os
 import shlex
@@ -33,11 +34,16 @@ PREFIX = "SUTAZAI_"
 HOME_FOLDER = ".sutazai"
 FLOWER_PORT = 5555
 
+_ENCODED = "whsec_"
+"""Begins a secret of callbacks that is written in base64, as Standard Webhooks does."""
+
 _EXAMPLES = {
     "database_url": "postgresql://user:password@127.0.0.1:5432/sutazai",
     "broker_url": "redis://127.0.0.1:6379/0 or amqp://user:password@127.0.0.1:5672//",
     "redis_url": "redis://127.0.0.1:6379/0",
     "ollama_url": "http://127.0.0.1:11434",
+    "callback_secret": "whsec_$(openssl rand -base64 32), or any text that has no such beginning",
+    "callback_hosts": "hooks.internal,10.0.0.0/8",
     "bind": "127.0.0.1",
     "port_offset": "100",
     "ports": "hardware-resource-optimizer=9002,ai-metrics-exporter=9063",
@@ -153,6 +159,13 @@ class Settings(BaseSettings):
     def _check_ollama_url(cls, value: str) -> str:
         return (_check_url(value, ("http", "https")) or "").rstrip("/")
 
+    @field_validator("callback_secret")
+    @classmethod
+    def _check_callback_secret(cls, value: str | None) -> str | None:
+        if value is not None:
+            _callback_key(value)
+        return value
+
     @field_validator("callback_hosts")
     @classmethod
     def _check_callback_hosts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
@@ -198,6 +211,11 @@ class Settings(BaseSettings):
         if self.broker_url and self.broker_url.startswith("redis"):
             return self.broker_url
         return None
+
+    @property
+    def callback_key(self) -> bytes:
+        """What callbacks are signed with: the secret, or what its base64 after `whsec_` means."""
+        return _callback_key(self.callback_secret or "")
 
     @property
     def host(self) -> str:
@@ -322,6 +340,18 @@ def remember(home: Path, *, port_offset: int, agents: Sequence[str]) -> None:
 def _last_home_file() -> Path:
     state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
     return Path(state) / "sutazai" / "home"
+
+
+def _callback_key(secret: str) -> bytes:
+    if not secret.startswith(_ENCODED):
+        return secret.encode()
+    try:
+        key = base64.b64decode(secret.removeprefix(_ENCODED), validate=True)
+    except ValueError as error:
+        raise ValueError(f"what follows {_ENCODED} is not base64: {error}") from None
+    if not key:
+        raise ValueError(f"nothing follows {_ENCODED}")
+    return key
 
 
 def _check_url(value: str | None, schemes: tuple[str, ...]) -> str | None:

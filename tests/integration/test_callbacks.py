@@ -82,7 +82,10 @@ def courier() -> Iterator[Courier]:
 
 def ended(url: str) -> UUID:
     """Make a task with a callback that has ended."""
-    options = callbacks.checked(Options(callback_url=url))
+    return ended_unchecked(callbacks.checked(Options(callback_url=url)))
+
+
+def ended_unchecked(options: Options) -> UUID:
     submission = Submission(agent.get("describe"), {}, options)
     with db.transaction() as connection:
         admission.accept(connection, submission, rung=False)
@@ -232,3 +235,44 @@ def test_public_addresses_are_called(host: str) -> None:
     options = Options(callback_url=f"https://{host}/")
     assert callbacks.checked(options) is options
     override(callback_secret=None)
+
+
+# --- what can never be posted ---------------------------------------------------------------
+
+IMPOSSIBLE = (
+    f"http://{'a' * 80}.example.com/",
+    "http://a..b/",
+    "http://ex\u0001ample.com/",
+    "http://example.com/\u0001",
+    "http://[::1/",
+    "http://example.com:0/",
+    "http://1.2.3.999/",
+)
+
+
+@pytest.mark.parametrize("url", IMPOSSIBLE)
+def test_a_url_that_cannot_be_called_is_refused(url: str) -> None:
+    override(callback_secret=SECRET)
+    with pytest.raises(InvalidInput, match=r"options\.callback_url") as refused:
+        callbacks.checked(Options(callback_url=url))
+    assert refused.value.details[0]["field"] == "options.callback_url"
+    override(callback_secret=None)
+
+
+def test_one_that_was_accepted_is_settled_at_once(receiver: Receiver, courier: Courier) -> None:
+    tasks = [ended_unchecked(Options(callback_url=url)) for url in IMPOSSIBLE]
+    served = ended(receiver.url)
+    assert courier.round() == len(tasks) + 1
+    for task_id in tasks:
+        assert row(task_id).callback_settled_at is not None
+        assert "it can never be posted" in row(task_id).callback_error
+    assert row(served).callback_error is None
+    make_due()
+    assert courier.round() == 0
+
+
+def test_a_secret_in_base64_signs_with_what_it_means(receiver: Receiver, courier: Courier) -> None:
+    override(callback_secret=f"whsec_{base64.b64encode(SECRET.encode()).decode()}")
+    headers = callbacks.sign("task", b"{}", at=1)
+    digest = hmac.new(SECRET.encode(), b"task.1.{}", hashlib.sha256).digest()
+    assert headers["webhook-signature"] == f"v1,{base64.b64encode(digest).decode()}"

@@ -39,6 +39,10 @@ def _clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
         ("PORT_OFFSET", "many", "integer"),
         ("CONCURRENCY", "a=0", "between 1 and 1000 slots"),
         ("LOG_FORMAT", "xml", "console"),
+        ("CALLBACK_SECRET", "whsec_not base64", "what follows whsec_ is not base64"),
+        ("CALLBACK_SECRET", "whsec_abc", "what follows whsec_ is not base64"),
+        ("CALLBACK_SECRET", "whsec_", "nothing follows whsec_"),
+        ("CALLBACK_HOSTS", "10.0.0.1/8", "host bits"),
     ],
 )
 def test_a_bad_value_is_one_line_with_an_example(
