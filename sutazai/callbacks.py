@@ -30,9 +30,12 @@ from sutazai.submission import Options
 if TYPE_CHECKING:
     from sqlalchemy import Row
 
-TRIES = 10
-FIRST_PAUSE_S = 2.0
-LAST_PAUSE_S = 3600.0
+PAUSES_S = (5.0, 30.0, 300.0, 1800.0, 3600.0, 7200.0, 14_400.0, 28_800.0, 28_800.0)
+"""After each try that failed, give or take a fifth: about a day, so that a receiver's bad night
+loses nothing."""
+
+TRIES = len(PAUSES_S) + 1
+
 TIMEOUT_S = 10.0
 
 LEASE_S = 60.0
@@ -159,8 +162,8 @@ class Courier:
         except (NotDelivered, httpx.HTTPError, OSError) as fault:
             error = f"{type(fault).__name__}: {fault}"[:500]
             settled = due.callback_tries >= TRIES
-        pause_s = min(LAST_PAUSE_S, FIRST_PAUSE_S * 2.0**due.callback_tries)
-        pause = timedelta(seconds=random.uniform(pause_s / 2, pause_s))  # noqa: S311 - only jitter
+        pause_s = PAUSES_S[min(due.callback_tries, len(PAUSES_S)) - 1]
+        pause = timedelta(seconds=pause_s * random.uniform(0.8, 1.2))  # noqa: S311 - only jitter
         db.run(statements.settle_callback(due.task_id, settled=settled, error=error, pause=pause))
         if error is None:
             _logger.info("callback delivered", task_id=str(due.task_id))

@@ -10,6 +10,7 @@ import queue
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -235,6 +236,22 @@ def test_public_addresses_are_called(host: str) -> None:
     options = Options(callback_url=f"https://{host}/")
     assert callbacks.checked(options) is options
     override(callback_secret=None)
+
+
+def test_the_tries_spread_over_a_day(receiver: Receiver, courier: Courier) -> None:
+    receiver.statuses = [503] * TRIES
+    task_id = ended(receiver.url)
+    pauses_s = []
+    for _ in range(TRIES - 1):
+        make_due()
+        assert courier.round() == 1
+        pauses_s.append((row(task_id).callback_next_at - datetime.now(UTC)).total_seconds())
+    assert pauses_s[0] < 10, "a receiver that restarts is soon tried again"
+    assert 18 < sum(pauses_s) / 3600 < 29
+    assert row(task_id).callback_settled_at is None
+    make_due()
+    assert courier.round() == 1
+    assert row(task_id).callback_settled_at is not None
 
 
 # --- what can never be posted ---------------------------------------------------------------
