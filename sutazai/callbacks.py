@@ -9,6 +9,7 @@ refused, because the URL comes from whoever may submit a task.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import hmac
@@ -16,14 +17,14 @@ import ipaddress
 import random
 import socket
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import httpx
 
 from sutazai import db, log, payload, record, statements
-from sutazai.errors import InvalidInput, Unavailable
+from sutazai.errors import DatabaseUnavailable, InvalidInput, Unavailable
 from sutazai.settings import settings
 from sutazai.submission import Options
 
@@ -36,12 +37,17 @@ loses nothing."""
 
 TRIES = len(PAUSES_S) + 1
 
-TIMEOUT_S = 10.0
+DEADLINE_S = 10.0
+"""For a whole delivery, from the look-up of the name to the status."""
 
 LEASE_S = 60.0
 """A delivery that takes longer, because its relay died, is begun again by another."""
 
-AT_ONCE = 8
+AT_ONCE = 32
+"""Deliveries under way in a relay; most of their time they wait for a receiver."""
+
+FULL_S = 1.0
+"""How long a round waits for one of them to end when there is room for none."""
 
 _GONE = 410
 """The receiver says that it wants no more."""
@@ -135,31 +141,52 @@ class Courier:
 
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="callback")
-        self._client = httpx.Client(timeout=TIMEOUT_S, follow_redirects=False, trust_env=False)
+        self._under_way: set[Future[None]] = set()
+        self._tls = httpx.create_ssl_context(trust_env=False)
 
     def round(self) -> int:
-        """Take what is due and deliver it; return how many were tried."""
+        """Begin to deliver as much of what is due as there is room for; return how many.
+
+        It does not wait for deliveries to end, so that no receiver keeps another one waiting.
+        """
         if not settings().callback_secret:
             return 0
-        due = db.run(statements.take_callbacks(AT_ONCE, LEASE_S))
-        list(self._threads.map(self._deliver, due))
+        if len(self._under_way) >= AT_ONCE:
+            wait(self._under_way, FULL_S, FIRST_COMPLETED)
+        self._under_way = {delivery for delivery in self._under_way if not delivery.done()}
+        room = AT_ONCE - len(self._under_way)
+        due = db.run(statements.take_callbacks(room, LEASE_S)) if room else []
+        self._under_way |= {self._threads.submit(self._deliver, row) for row in due}
         return len(due)
 
+    def finish(self) -> None:
+        """Wait until every delivery that was begun has ended."""
+        wait(self._under_way)
+
     def close(self) -> None:
-        """End the threads and connections."""
+        """Finish, and end the threads."""
         self._threads.shutdown()
-        self._client.close()
 
     def _deliver(self, due: Row[Any]) -> None:
+        try:
+            self._try(due)
+        except DatabaseUnavailable as error:
+            _logger.warning("waiting for PostgreSQL", task_id=str(due.task_id), reason=str(error))
+        except Exception:
+            _logger.exception("a callback was left to its lease", task_id=str(due.task_id))
+
+    def _try(self, due: Row[Any]) -> None:
+        [row] = db.run(statements.task(due.task_id))
+        body = payload.dumps(record.task_json(row)).encode()
         error: str | None = None
         settled = True
         try:
-            status = self._post(due)
-            if status == _GONE:
+            if self._post(due, body) == _GONE:
                 error = "the receiver answered 410 Gone"
         except (InvalidInput, httpx.InvalidURL, UnicodeError) as fault:
             error = f"it can never be posted: {fault}"[:500]
-        except (NotDelivered, httpx.HTTPError, OSError) as fault:
+        except Exception as fault:
+            # Whatever it is counts as a try, or the row would be due for ever.
             error = f"{type(fault).__name__}: {fault}"[:500]
             settled = due.callback_tries >= TRIES
         pause_s = PAUSES_S[min(due.callback_tries, len(PAUSES_S)) - 1]
@@ -175,37 +202,55 @@ class Courier:
                 error=error,
             )
 
-    def _post(self, due: Row[Any]) -> int:
-        [row] = db.run(statements.task(due.task_id))
-        body = payload.dumps(record.task_json(row)).encode()
+    def _post(self, due: Row[Any], body: bytes) -> int:
+        until = time.monotonic() + DEADLINE_S
         url = _read(due.callback_url)
-        host = url.host
         headers = sign(str(due.task_id), body) | {
             "Host": url.netloc.decode(),
             "Content-Type": "application/json",
             "User-Agent": "sutazai",
         }
         # The address that was checked is the one that is called: a name could change in between.
-        answer = self._client.post(
-            url.copy_with(host=_address(host, url.port or _PORTS[url.scheme])),
-            content=body,
-            headers=headers,
-            extensions={"sni_hostname": host},
+        called = url.copy_with(host=_address(url))
+        name = url.raw_host.decode()
+        try:
+            status = asyncio.run(self._send(called, name, headers, body, until - time.monotonic()))
+        except TimeoutError:
+            raise NotDelivered(f"no answer within {DEADLINE_S:g} s") from None
+        if not httpx.codes.is_success(status) and status != _GONE:
+            raise NotDelivered(f"the receiver answered {status}")
+        return status
+
+    async def _send(
+        self, url: httpx.URL, name: str, headers: dict[str, str], body: bytes, within_s: float
+    ) -> int:
+        """Post once, and return the status without the answer's body, which may be endless.
+
+        On an event loop, because only there can the whole of it be given one end. The connection
+        is used once: one that is kept would be found again by its address, whatever the host whose
+        certificate it was opened for.
+        """
+        client = httpx.AsyncClient(
+            timeout=DEADLINE_S, follow_redirects=False, trust_env=False, verify=self._tls
         )
-        if not answer.is_success and answer.status_code != _GONE:
-            raise NotDelivered(f"the receiver answered {answer.status_code}")
-        return answer.status_code
+        async with asyncio.timeout(within_s), client:
+            posting = client.stream(
+                "POST", url, content=body, headers=headers, extensions={"sni_hostname": name}
+            )
+            async with posting as answer:
+                return answer.status_code
 
 
 _PORTS = {"http": 80, "https": 443}
 
 
-def _address(host: str, port: int) -> str:
+def _address(url: httpx.URL) -> str:
     """Look a host up; raises `NotDelivered` when any of its addresses is not allowed."""
-    found = [entry[4][0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+    name, port = url.raw_host.decode(), url.port or _PORTS[url.scheme]
+    found = [entry[4][0] for entry in socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)]
     for address in found:
-        if not _is_allowed(host, ipaddress.ip_address(address)):
-            raise NotDelivered(_not_public(f"{host} ({address})"))
+        if not _is_allowed(url.host, ipaddress.ip_address(address)):
+            raise NotDelivered(_not_public(f"{url.host} ({address})"))
     return str(found[0])
 
 
