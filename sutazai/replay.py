@@ -9,10 +9,10 @@ from uuid import UUID
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from sutazai import admission, statements
+from sutazai import admission, payload, statements
 from sutazai.agent import Agent, normalise
 from sutazai.errors import InvalidInput, UnknownAgent
-from sutazai.submission import Instant, Options, Submission, parse
+from sutazai.submission import Instant, Options, Submission
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Row
@@ -58,7 +58,7 @@ def repeat(
     agent = agents.get(row.agent)
     if agent is None:
         raise UnknownAgent(f"There is no agent {row.agent!r} any more.")
-    options = parse(
+    options = payload.parse(
         Options,
         {
             "priority": row.priority,

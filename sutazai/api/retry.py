@@ -8,11 +8,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from sutazai import replay
+from sutazai import payload, replay
 from sutazai.api import store
 from sutazai.api.acceptance import BATCH_WITHIN_S, accept, answer_accepted, read_key
 from sutazai.api.answer import json_answer
-from sutazai.api.body import parse_options, read_json
+from sutazai.api.body import read_json
 from sutazai.api.front import front_of
 from sutazai.api.tasks import find_or_refuse, read_task_id
 from sutazai.errors import Conflict, InvalidInput
@@ -69,4 +69,4 @@ async def _read(request: Request, model: Any) -> Any:
     body = {} if empty else await read_json(request)
     if not isinstance(body, dict):
         raise InvalidInput("The body must be a JSON object, as {…}, or left out.")
-    return parse_options(model, body, "")
+    return payload.parse(model, body, strict=True)
