@@ -731,6 +731,19 @@ _TELL_LINES = text(
 )
 
 
+def told_lines(task_id: UUID) -> TextClause:
+    """Return how many log lines of a task are stored, and their size in bytes."""
+    return _TOLD_LINES.bindparams(task_id=task_id)
+
+
+_TOLD_LINES = text(
+    """
+    SELECT count(*) AS lines, coalesce(sum(octet_length(CAST(data AS text))), 0) AS bytes
+    FROM task_events WHERE task_id = :task_id AND kind = 'log'
+    """
+)
+
+
 def cancellation(task_id: UUID, claim_id: UUID) -> Select[Any]:
     """Return a row when this attempt is still wanted, with when it was asked to cancel."""
     return select(tasks.c.cancel_requested_at).where(
