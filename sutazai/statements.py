@@ -420,12 +420,18 @@ def replayable(
     until: datetime | None = None,
     labels: Mapping[str, str] | None = None,
 ) -> Select[Any]:
-    """Return ended tasks that were not retried yet, oldest first."""
-    again = tasks.alias("again")
+    """Return ended tasks that were not retried yet, oldest first.
+
+    Not those to which their parent had delegated its work: it would start them again itself.
+    """
+    again, parent = tasks.alias("again"), tasks.alias("parent")
     conditions = [
         tasks.c.agent == agent,
         tasks.c.state == state,
         ~exists().where(again.c.retry_of == tasks.c.task_id),
+        ~exists().where(
+            parent.c.task_id == tasks.c.parent_id, parent.c.child_id == tasks.c.task_id
+        ),
     ]
     if action:
         conditions.append(tasks.c.action == action)
