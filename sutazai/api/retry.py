@@ -14,10 +14,10 @@ from sutazai.api.acceptance import BATCH_WITHIN_S, accept, answer_accepted, read
 from sutazai.api.answer import json_answer
 from sutazai.api.body import read_json
 from sutazai.api.front import front_of
-from sutazai.api.tasks import find_or_refuse, read_task_id
-from sutazai.errors import Conflict, InvalidInput
+from sutazai.api.tasks import read_task_id
+from sutazai.errors import InvalidInput
 from sutazai.replay import Filter
-from sutazai.state import State
+from sutazai.submission import Submission
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
@@ -37,13 +37,14 @@ async def retry_task(request: Request) -> Response:
     """Make a new task of one that has ended."""
     front = front_of(request)
     body = await _read(request, RetryBody)
-    row = await find_or_refuse(read_task_id(request))
-    state = State(row.state)
-    if not state.is_terminal:
-        raise Conflict(f"The task has not ended yet: it is {state.value}.")
-    submission = replay.repeat(
-        row, front.agents, params=body.params, idempotency_key=read_key(request, None, "")
-    )
+    task_id, key = read_task_id(request), read_key(request, None, "")
+
+    async def find(connection: AsyncConnection) -> Submission:
+        return await connection.run_sync(
+            replay.repeat_one, task_id, front.agents, params=body.params, idempotency_key=key
+        )
+
+    submission = await store.run(find, again=True)
     return await answer_accepted(front, submission, await accept(front, submission))
 
 

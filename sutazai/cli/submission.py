@@ -14,7 +14,7 @@ from rich.spinner import Spinner
 
 from sutazai import payload
 from sutazai.cli.output import AsJSON, cell, console, errors, print_json, table
-from sutazai.errors import Conflict, DatabaseUnavailable, InvalidInput, MalformedJSON, TaskNotFound
+from sutazai.errors import DatabaseUnavailable, InvalidInput, MalformedJSON, TaskNotFound
 from sutazai.settings import settings
 from sutazai.state import State
 
@@ -246,7 +246,7 @@ def retry(
     limit: Annotated[int, typer.Option(min=1, max=10_000, help="So many at most.")] = 1000,
 ) -> None:
     """Make new tasks of ended ones, and print their ids; the old ones stay as they are."""
-    from sutazai import db, replay, statements
+    from sutazai import db, replay
     from sutazai.celery import bell
     from sutazai.celery import submit as accept
     from sutazai.tasks import load
@@ -265,12 +265,8 @@ def retry(
             made = replay.repeat_many(connection, wanted, load().agents)
     else:
         with db.transaction() as connection:
-            row = connection.execute(statements.task(_task_id(task_id))).first()
-        if row is None:
-            raise TaskNotFound(f"There is no task {task_id}.")
-        if not State(row.state).is_terminal:
-            raise Conflict(f"The task has not ended yet: it is {row.state}.")
-        made = [accept(replay.repeat(row, load().agents, params=row.params | edited)).task_id]
+            again = replay.repeat_one(connection, _task_id(task_id), load().agents, edited=edited)
+        made = [accept(again).task_id]
         bell().close()
     print_json({"status": "accepted", "task_ids": [str(new) for new in made]})
 
