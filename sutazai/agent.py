@@ -98,13 +98,11 @@ class Action(Generic[P, R]):
             params = params.model_dump(mode="json")
         payload.check(dict(params))
         try:
-            return self.params_model.model_validate_json(
-                payload.dumps(params), strict=True, extra="forbid"
-            )
-        except ValidationError as error:
+            return payload.parse(self.params_model, params, strict=True)
+        except InvalidInput as error:
             raise InvalidInput(
-                f"The parameters of {self.full_name} are not valid: {_first_fault(error)}",
-                details=_faults(error),
+                f"The parameters of {self.full_name} are not valid: {error}",
+                details=error.details,
             ) from None
 
     def dump(self, result: BaseModel) -> dict[str, Any]:
@@ -409,16 +407,3 @@ def _models(
     return typing.cast("type[BaseModel]", params_model), typing.cast(
         "type[BaseModel]", result_model
     )
-
-
-def _faults(error: ValidationError) -> list[dict[str, Any]]:
-    return [
-        {"field": ".".join(str(part) for part in item["loc"]), "message": item["msg"]}
-        for item in error.errors(include_url=False, include_input=False, include_context=False)
-    ]
-
-
-def _first_fault(error: ValidationError) -> str:
-    first, *more = _faults(error)
-    text = f"{first['field']}: {first['message']}" if first["field"] else first["message"]
-    return text + (f" (and {len(more)} more)" if more else "")

@@ -83,7 +83,9 @@ class _Base:
     @staticmethod
     def _perform(action: str, params: Mapping[str, Any], wait_s: float) -> _Request:
         whole_s = min(int(wait_s), int(WAIT_AT_MOST_S))
-        headers = {"Prefer": f"wait={whole_s}", "Idempotency-Key": str(uuid4())}
+        headers = {"Prefer": f"wait={whole_s}"}
+        if params.get("request_id") is None:  # which is the key's name in the body
+            headers["Idempotency-Key"] = str(uuid4())
         return _Request("POST", "/process", {"action": action, **params}, whole_s, headers)
 
     @staticmethod
@@ -188,7 +190,8 @@ class AgentClient(_Base):
     def send_request(self, action: str, /, **params: Any) -> dict[str, Any]:
         """Perform an action and return the front's answer: `status`, `task_id` and the result.
 
-        Raises the error of a task that failed. When the task takes longer than 30 s the answer
+        A parameter `request_id` is the caller's idempotency key. Raises the error of a task that
+        failed. When the task takes longer than 30 s the answer
         says `accepted`; `wait` goes on waiting for its `task_id`.
         """
         return self._send(self._perform(action, params, 30.0))

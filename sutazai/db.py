@@ -42,6 +42,9 @@ set_json_loads(orjson.loads)
 STATEMENT_TIMEOUT_S = 10.0
 """For workers and the relay; fronts pass 2.5 s, so that a request is answered in time."""
 
+REFUSALS = (SQLAlchemyError, psycopg.Error)
+"""What `run` and `transaction` raise when PostgreSQL answers, but does not do what it is asked."""
+
 _engines: dict[bool, Engine] = {}
 _async_engines: dict[bool, AsyncEngine] = {}
 """By whether each statement commits by itself; one pool a process and kind."""

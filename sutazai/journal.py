@@ -1,7 +1,8 @@
 """The journal of an attempt: progress and log lines, kept for those who follow the task.
 
 Lines go to the worker's log at once, and to PostgreSQL in batches: a second after the first of
-them, and before the attempt ends.
+them, and before the attempt ends. What PostgreSQL refuses is left out: telling never costs an
+outcome.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
@@ -21,7 +23,7 @@ GATHER_S = 1.0
 
 MOST_LINES = 1000
 MOST_BYTES = 1 << 20
-"""Of one task; what comes after stands in the worker's log only."""
+"""Of one task, in all its attempts; what comes after stands in the worker's log only."""
 
 BATCH_MOST = 500
 MESSAGE_MOST = 500
@@ -30,16 +32,18 @@ MESSAGE_MOST = 500
 class Journal:
     """What one attempt tells. Its methods `debug` to `error` are those of `context.log`."""
 
-    def __init__(self, agent: str, task_id: UUID, claim_id: UUID) -> None:
+    def __init__(self, agent: str, task_id: UUID, claim_id: UUID, attempt: int) -> None:
         self._agent = agent
         self._attempt = (task_id, claim_id)
         self._logger = log.get(f"sutazai.tasks.{agent}")
         # Whoever writes first gets the lower event id, and must be read first.
         self._writing = threading.Lock()
         self._lines: list[dict[str, Any]] = []
+        self._untold: tuple[float, str] | None = None
         self._timer: threading.Timer | None = None
         self._told_at = float("-inf")
         self._count = self._bytes = 0
+        self._is_counted = attempt == 1
 
     def debug(self, event: str, **fields: Any) -> None:
         """Log a detail."""
@@ -64,51 +68,90 @@ class Journal:
     def progress(self, fraction: float, message: str) -> bool:
         """Store how far the work has come, at most once a second; return whether it was cancelled.
 
-        An attempt that has lost its task counts as cancelled.
+        What comes sooner is stored when the attempt ends, if nothing follows it. An attempt that
+        has lost its task counts as cancelled.
         """
-        fraction = min(max(float(fraction), 0.0), 1.0)
-        now = time.monotonic()
-        if now - self._told_at < GATHER_S and fraction < 1.0:
+        self._untold = min(max(float(fraction), 0.0), 1.0), _storable(message)[:MESSAGE_MOST]
+        if time.monotonic() - self._told_at < GATHER_S:
             return False
-        self._told_at = now
-        message = _storable(message)[:MESSAGE_MOST]
-        cancelled = False
         with self._writing, contextlib.suppress(DatabaseUnavailable):
-            rows = db.run(statements.progress(*self._attempt, fraction, message))
-            cancelled = not rows or rows[0].cancel_requested_at is not None
-        self._announce("progress", fraction=fraction, message=message)
-        return cancelled
+            return self._tell_progress()
+        return False
 
     def flush(self) -> None:
+        """Store what is left before the attempt ends; what PostgreSQL refuses is dropped."""
+        with self._writing, contextlib.suppress(DatabaseUnavailable):
+            self._tell_lines()
+            self._tell_progress()
+
+    def _gathered(self) -> None:
         """Store the lines that were gathered; while PostgreSQL is away they are kept."""
-        with self._writing:
-            timer, self._timer = self._timer, None
-            if timer is not None:
-                timer.cancel()
-            while self._lines:
-                batch = self._lines[:BATCH_MOST]
-                try:
-                    db.run(statements.tell_lines(*self._attempt, batch))
-                except DatabaseUnavailable:
-                    return
-                del self._lines[: len(batch)]
+        with self._writing, contextlib.suppress(DatabaseUnavailable):
+            self._tell_lines()
+
+    def _tell_progress(self) -> bool:
+        """Store the latest progress; return whether the task was cancelled."""
+        told = self._untold
+        if told is None:
+            return False
+        fraction, message = told
+        self._told_at = time.monotonic()
+        rows = self._store(statements.progress(*self._attempt, fraction, message))
+        if self._untold is told:
+            self._untold = None
+        self._announce("progress", fraction=fraction, message=message)
+        return rows is not None and (not rows or rows[0].cancel_requested_at is not None)
+
+    def _tell_lines(self) -> None:
+        timer, self._timer = self._timer, None
+        if timer is not None:
+            timer.cancel()
+        if self._lines and not self._is_counted:
+            self._make_room()
+        while self._lines:
+            batch = self._lines[:BATCH_MOST]
+            stored = self._store(statements.tell_lines(*self._attempt, batch))
+            del self._lines[: len(batch)]
+            if stored is not None:
                 self._announce("log", lines=len(batch))
+
+    def _make_room(self) -> None:
+        """Count, once, what earlier attempts have told; drop the latest lines beyond the bounds."""
+        [told] = db.run(statements.told_lines(self._attempt[0]))
+        self._is_counted = True
+        self._count += told.lines
+        self._bytes += told.bytes
+        while self._lines and (self._count > MOST_LINES or self._bytes > MOST_BYTES):
+            self._count -= 1
+            self._bytes -= len(payload.dumps(self._lines.pop()))
+
+    def _store(self, statement: Any) -> Sequence[Any] | None:
+        """Run a statement and return its rows; None: PostgreSQL refuses it.
+
+        Raises `DatabaseUnavailable`.
+        """
+        try:
+            return db.run(statement)
+        except db.REFUSALS as error:
+            self._logger.warning("PostgreSQL refuses what was told", error=str(error)[:500])
+            return None
 
     def _keep(self, level: str, event: str, fields: dict[str, Any]) -> None:
         line = {
+            **{_storable(name): _plain(value) for name, value in fields.items()},
             "at": datetime.now(UTC).isoformat().replace("+00:00", "Z"),
             "level": level,
             "event": _storable(str(event)),
-            **{name: _plain(value) for name, value in fields.items() if name != "exc_info"},
         }
+        line.pop("exc_info", None)
         size = len(payload.dumps(line))
+        if self._count >= MOST_LINES or self._bytes + size > MOST_BYTES:
+            return
         self._count += 1
         self._bytes += size
-        if self._count > MOST_LINES or self._bytes > MOST_BYTES:
-            return
         self._lines.append(line)
         if self._timer is None:
-            self._timer = threading.Timer(GATHER_S, self.flush)
+            self._timer = threading.Timer(GATHER_S, self._gathered)
             self._timer.daemon = True
             self._timer.start()
 

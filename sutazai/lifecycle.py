@@ -195,6 +195,20 @@ def cancel(connection: Connection, task_id: UUID) -> list[Ended]:
     return []
 
 
+def set_queue(
+    connection: Connection,
+    agent: str,
+    *,
+    paused: bool | None = None,
+    draining: bool | None = None,
+) -> None:
+    """Pause, drain or resume an agent's queue; what is None stays."""
+    connection.execute(statements.set_queue(agent, paused=paused, draining=draining))
+    if paused is False:
+        # Notices that came while it was paused did nothing.
+        connection.execute(statements.ring_again(agent))
+
+
 def expire(connection: Connection, limit: int = 500) -> list[Ended]:
     """Fail queued tasks whose deadline has passed; one that somebody works on is left for later."""
     late = _lockable(connection, statements.past_deadline(limit))

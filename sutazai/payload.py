@@ -1,18 +1,20 @@
 """JSON as this system takes it: what is malformed, what is refused, and nothing rounded silently.
 
 `loads` reads bytes from outside; `check` examines values that are already Python objects
-(arguments of `celery call`, results of actions). PostgreSQL's jsonb refuses some of what JSON
-allows (NUL in a string), and JSON parsers disagree on the rest (large integers, NaN, depth), so
-both hold one rule here.
+(arguments of `celery call`, results of actions); `parse` makes them the fields of a model.
+PostgreSQL's jsonb refuses some of what JSON allows (NUL in a string), and JSON parsers disagree on
+the rest (large integers, NaN, depth), so `loads` and `check` hold one rule here.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 import orjson
+from pydantic import BaseModel, ValidationError
 from pydantic_core import to_json
 
 from sutazai.errors import InvalidInput, MalformedJSON
@@ -25,6 +27,8 @@ INTEGER_RANGE = (-(1 << 63), (1 << 64) - 1)
 # orjson turns an integer beyond 64 bits into a float. Only a text with 19 digits in a row can
 # hold one, so everything else takes the fast path.
 _LONG_INTEGER = re.compile(rb"[0-9]{19}")
+
+M = TypeVar("M", bound=BaseModel)
 
 
 def loads(raw: bytes) -> Any:
@@ -120,6 +124,36 @@ def check(value: Any) -> None:  # noqa: PLR0912 - one branch a type
                 stack.extend((child, depth + 1) for child in item)
             case _:
                 raise InvalidInput(f"A value of type {type(item).__name__} is not JSON.")
+
+
+def parse(
+    model: type[M], values: Mapping[str, Any], *, strict: bool = False, prefix: str = ""
+) -> M:
+    """Make values the fields of a model; others than those are refused.
+
+    strict: the types are those of JSON, where the text "1" is no number. Raises `InvalidInput` that
+    names every field at fault, below the prefix.
+    """
+    try:
+        if strict:
+            return model.model_validate_json(dumps(values), strict=True, extra="forbid")
+        return model.model_validate(values, extra="forbid")
+    except ValidationError as error:
+        raise _refuse(error, prefix) from None
+
+
+def _refuse(error: ValidationError, prefix: str) -> InvalidInput:
+    details = [
+        {
+            "field": ".".join([prefix] * bool(prefix) + [str(part) for part in fault["loc"]]),
+            "message": fault["msg"],
+        }
+        for fault in error.errors(include_url=False, include_input=False, include_context=False)
+    ]
+    first, *others = details
+    text = f"{first['field']}: {first['message']}" if first["field"] else first["message"]
+    more = f" (and {len(others)} more)" if others else ""
+    return InvalidInput(text + more, details=details)
 
 
 def _check_text(text: str) -> None:

@@ -9,10 +9,11 @@ from uuid import UUID
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from sutazai import admission, statements
+from sutazai import admission, payload, statements
 from sutazai.agent import Agent, normalise
-from sutazai.errors import InvalidInput, UnknownAgent
-from sutazai.submission import Instant, Options, Submission, parse
+from sutazai.errors import Conflict, InvalidInput, TaskNotFound, UnknownAgent
+from sutazai.state import State
+from sutazai.submission import Instant, Options, Submission
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Row
@@ -58,7 +59,7 @@ def repeat(
     agent = agents.get(row.agent)
     if agent is None:
         raise UnknownAgent(f"There is no agent {row.agent!r} any more.")
-    options = parse(
+    options = payload.parse(
         Options,
         {
             "priority": row.priority,
@@ -78,6 +79,29 @@ def repeat(
         "retry",
         retry_of=row.task_id,
     )
+
+
+def repeat_one(
+    connection: Connection,
+    task_id: UUID,
+    agents: Mapping[str, Agent],
+    *,
+    params: Mapping[str, Any] | None = None,
+    edited: Mapping[str, Any] | None = None,
+    idempotency_key: str | None = None,
+) -> Submission:
+    """Return the submission that does what one task should have done, for the caller to accept.
+
+    params: all parameters anew; edited: only these. Raises `TaskNotFound`, `Conflict` while the
+    task has not ended, and as `repeat` does.
+    """
+    row = connection.execute(statements.task(task_id)).first()
+    if row is None:
+        raise TaskNotFound(f"There is no task {task_id}.")
+    if not State(row.state).is_terminal:
+        raise Conflict(f"The task has not ended yet: it is {row.state}.")
+    changed = {**(row.params if params is None else params), **(edited or {})}
+    return repeat(row, agents, params=changed, idempotency_key=idempotency_key)
 
 
 def repeat_many(

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from sutazai import admission, lifecycle, log, statements
+from sutazai import admission, lifecycle, log, payload, statements
 from sutazai.agent import Agent, normalise
 from sutazai.errors import Conflict, InvalidInput, QueueDraining, ScheduleNotFound, UnknownAgent
-from sutazai.submission import DEFAULT_PRIORITY, Options, Submission, parse
+from sutazai.submission import DEFAULT_PRIORITY, Options, Submission
 from sutazai.tick import Tick, Timing, jitter
 
 if TYPE_CHECKING:
@@ -206,7 +206,7 @@ def run_once(
     """
     options = {"priority": row.priority, "idempotency_key": idempotency_key}
     action = _agent_of(row, agents).get(row.action)
-    chosen = parse(Options, options)
+    chosen = payload.parse(Options, options)
     return Submission(action, row.params, chosen, source, scheduled_by=row.name)
 
 
@@ -345,7 +345,7 @@ def _merge(row: Row[Any], given: Mapping[str, Any]) -> Definition:
         before["every_s"] = None
     if "every_s" in given:
         before["cron"] = None
-    return parse(Definition, {**before, **given})
+    return payload.parse(Definition, {**before, **given})
 
 
 def _agent_of(row: Row[Any], agents: Mapping[str, Agent]) -> Agent:

@@ -16,13 +16,12 @@ from celery.beat import Scheduler
 from celery.schedules import crontab
 from celery.schedules import schedule as interval
 
-from sutazai import db, log, redis, schedule, statements
+from sutazai import db, log, payload, redis, schedule, statements
 from sutazai.agent import Action
 from sutazai.bell import Bell
 from sutazai.errors import DatabaseUnavailable, InvalidInput, UnknownAgent
 from sutazai.schedule import CELERYCONFIG, DECLARATION, NewSchedule
 from sutazai.settings import settings
-from sutazai.submission import parse
 from sutazai.tasks import load
 from sutazai.tick import Timing
 
@@ -185,7 +184,9 @@ def configured(
         "params": entry.get("kwargs") or {},
         **_times(entry.get("schedule"), time_zone),
     }
-    new = parse(NewSchedule, values if priority is None else values | {"priority": priority})
+    new = payload.parse(
+        NewSchedule, values if priority is None else values | {"priority": priority}
+    )
     new.check(agent)
     row = {**new.values, "source": CELERYCONFIG, "agent": agent.name}
     del row["enabled"]

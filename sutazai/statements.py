@@ -420,12 +420,18 @@ def replayable(
     until: datetime | None = None,
     labels: Mapping[str, str] | None = None,
 ) -> Select[Any]:
-    """Return ended tasks that were not retried yet, oldest first."""
-    again = tasks.alias("again")
+    """Return ended tasks that were not retried yet, oldest first.
+
+    Not those to which their parent had delegated its work: it would start them again itself.
+    """
+    again, parent = tasks.alias("again"), tasks.alias("parent")
     conditions = [
         tasks.c.agent == agent,
         tasks.c.state == state,
         ~exists().where(again.c.retry_of == tasks.c.task_id),
+        ~exists().where(
+            parent.c.task_id == tasks.c.parent_id, parent.c.child_id == tasks.c.task_id
+        ),
     ]
     if action:
         conditions.append(tasks.c.action == action)
@@ -728,6 +734,19 @@ _TELL_LINES = text(
          jsonb_array_elements(CAST(:lines AS jsonb)) WITH ORDINALITY AS line(data, place)
     WHERE t.task_id = :task_id AND t.claim_id = :claim_id AND t.state = 'running'
     """  # noqa: S608 - the inserted text is a constant
+)
+
+
+def told_lines(task_id: UUID) -> TextClause:
+    """Return how many log lines of a task are stored, and their size in bytes."""
+    return _TOLD_LINES.bindparams(task_id=task_id)
+
+
+_TOLD_LINES = text(
+    """
+    SELECT count(*) AS lines, coalesce(sum(octet_length(CAST(data AS text))), 0) AS bytes
+    FROM task_events WHERE task_id = :task_id AND kind = 'log'
+    """
 )
 
 

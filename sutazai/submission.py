@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 from uuid import UUID
 
 from pydantic import (
@@ -20,13 +20,11 @@ from pydantic import (
     ConfigDict,
     Field,
     StringConstraints,
-    ValidationError,
 )
 
 from sutazai import payload
 from sutazai.agent import Action
 from sutazai.bell import Notice, summarise
-from sutazai.errors import InvalidInput
 from sutazai.models import new_id
 
 Label = Annotated[str, StringConstraints(max_length=200)]
@@ -61,20 +59,6 @@ LOCAL = "local"
 """The principal, who owns idempotency keys, while nobody has to say who they are."""
 
 DEFAULT_PRIORITY = 5
-
-M = TypeVar("M", bound=BaseModel)
-
-
-def parse(model: type[M], values: Mapping[str, Any]) -> M:
-    """Validate values; raises `InvalidInput` that names every field at fault."""
-    try:
-        return model.model_validate(values)
-    except ValidationError as error:
-        details = [
-            {"field": str(fault["loc"][0]), "message": fault["msg"]} for fault in error.errors()
-        ]
-        first = details[0]
-        raise InvalidInput(f"{first['field']}: {first['message']}", details=details) from None
 
 
 class Options(BaseModel):

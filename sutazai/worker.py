@@ -98,7 +98,7 @@ class Attempt:
         self.host = site.identity.host
         self.agents = site.agents
         self.system = site.system
-        self.log = Journal(action.agent, self.task_id, claim_id)
+        self.log = Journal(action.agent, self.task_id, claim_id, self.attempt)
         self._held = lifecycle.Claim(
             row.task_id, claim_id, action.agent, row.parent_id, row.concurrency_key
         )

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 from email.message import Message
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
@@ -98,39 +97,14 @@ def require_text(body: dict[str, Any], field: str, message: str) -> str:
     raise InvalidInput(message, details=[{"field": field, "message": problem}])
 
 
-def parse_options(model: type[M], options: Any, prefix: str) -> M:
-    """Validate an object strictly; raises `InvalidInput` that names every field at fault."""
-    try:
-        return model.model_validate_json(payload.dumps(options), strict=True)
-    except ValidationError as error:
-        raise refuse(error.errors(include_url=False, include_input=False), prefix) from None
-
-
 def parse_query(model: type[M], request: Request) -> M:
     """Validate the query of a request; raises `InvalidInput` that names every field at fault."""
     query = request.query_params
     many = {name for name, info in model.model_fields.items() if _is_list(info.annotation)}
     values = {name: query.getlist(name) if name in many else query[name] for name in query}
     payload.check(values)
-    try:
-        return model.model_validate(values)
-    except ValidationError as error:
-        raise refuse(error.errors(include_url=False, include_input=False), "") from None
+    return payload.parse(model, values)
 
 
 def _is_list(annotation: Any) -> bool:
     return getattr(annotation, "__origin__", None) is list
-
-
-def refuse(faults: Sequence[Any], prefix: str) -> InvalidInput:
-    """Return the error for pydantic's list of faults, each named by its field."""
-    details = [
-        {
-            "field": ".".join([prefix] * bool(prefix) + [str(part) for part in fault["loc"]]),
-            "message": fault["msg"],
-        }
-        for fault in faults
-    ]
-    first = details[0]
-    more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
-    return InvalidInput(f"{first['field']}: {first['message']}{more}", details=details)

@@ -9,11 +9,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from sutazai import errors, statements
+from sutazai import errors, payload, statements
 from sutazai.api import store
 from sutazai.api.acceptance import accept, answer_accepted, read_key, replayed
 from sutazai.api.answer import error_answer, json_answer
-from sutazai.api.body import parse_options, parse_query, read_object, require_text
+from sutazai.api.body import parse_query, read_object, require_text
 from sutazai.api.front import Front, front_of
 from sutazai.api.prefer import Preference, read_preference
 from sutazai.errors import DatabaseUnavailable
@@ -77,7 +77,8 @@ def _submission(front: Front, body: dict[str, Any], query: ProcessQuery, key: An
     options = query.options
     if key is not None:
         known_options = options.model_dump(exclude_unset=True)
-        options = parse_options(Options, {**known_options, "idempotency_key": key}, "")
+        values = {**known_options, "idempotency_key": key}
+        options = payload.parse(Options, values, strict=True)
     return Submission(action, params, options, deadline_in_s=query.deadline_s)
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from sutazai import record, statements
+from sutazai import lifecycle, record, statements
 from sutazai.api import store
 from sutazai.api.answer import json_answer
 from sutazai.api.front import front_of
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection
 
 
 async def show_queue(request: Request) -> Response:
@@ -36,9 +39,10 @@ async def resume_queue(request: Request) -> Response:
 async def _answer(request: Request, **change: Any) -> Response:
     agent = front_of(request).agent
     if change:
-        await store.rows(statements.set_queue(agent.name, **change))
-        if change.get("paused") is False:
-            # Notices that came while it was paused did nothing.
-            await store.rows(statements.ring_again(agent.name))
+
+        async def work(connection: AsyncConnection) -> None:
+            await connection.run_sync(lifecycle.set_queue, agent.name, **change)
+
+        await store.run(work, again=True)
     [row] = await store.rows(statements.status([agent.name]))
     return json_answer(record.queue_json(row, agent.queue_limit))

@@ -8,16 +8,16 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from sutazai import replay
+from sutazai import payload, replay
 from sutazai.api import store
 from sutazai.api.acceptance import BATCH_WITHIN_S, accept, answer_accepted, read_key
 from sutazai.api.answer import json_answer
-from sutazai.api.body import parse_options, read_json
+from sutazai.api.body import read_json
 from sutazai.api.front import front_of
-from sutazai.api.tasks import find_or_refuse, read_task_id
-from sutazai.errors import Conflict, InvalidInput
+from sutazai.api.tasks import read_task_id
+from sutazai.errors import InvalidInput
 from sutazai.replay import Filter
-from sutazai.state import State
+from sutazai.submission import Submission
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
@@ -37,13 +37,14 @@ async def retry_task(request: Request) -> Response:
     """Make a new task of one that has ended."""
     front = front_of(request)
     body = await _read(request, RetryBody)
-    row = await find_or_refuse(read_task_id(request))
-    state = State(row.state)
-    if not state.is_terminal:
-        raise Conflict(f"The task has not ended yet: it is {state.value}.")
-    submission = replay.repeat(
-        row, front.agents, params=body.params, idempotency_key=read_key(request, None, "")
-    )
+    task_id, key = read_task_id(request), read_key(request, None, "")
+
+    async def find(connection: AsyncConnection) -> Submission:
+        return await connection.run_sync(
+            replay.repeat_one, task_id, front.agents, params=body.params, idempotency_key=key
+        )
+
+    submission = await store.run(find, again=True)
     return await answer_accepted(front, submission, await accept(front, submission))
 
 
@@ -69,4 +70,4 @@ async def _read(request: Request, model: Any) -> Any:
     body = {} if empty else await read_json(request)
     if not isinstance(body, dict):
         raise InvalidInput("The body must be a JSON object, as {…}, or left out.")
-    return parse_options(model, body, "")
+    return payload.parse(model, body, strict=True)

@@ -8,11 +8,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from sutazai import schedule, statements
+from sutazai import payload, schedule, statements
 from sutazai.api import store
 from sutazai.api.acceptance import accept, answer_accepted, read_key
 from sutazai.api.answer import json_answer
-from sutazai.api.body import parse_options, parse_query, read_object
+from sutazai.api.body import parse_query, read_object
 from sutazai.api.front import front_of
 from sutazai.api.tasks import chosen_agent
 from sutazai.schedule import NewSchedule, ScheduleChange
@@ -41,7 +41,7 @@ async def list_schedules(request: Request) -> Response:
 async def add_schedule(request: Request) -> Response:
     """Add a schedule of this front's agent."""
     front = front_of(request)
-    new = parse_options(NewSchedule, await read_object(request), "")
+    new = payload.parse(NewSchedule, await read_object(request), strict=True)
 
     async def work(connection: AsyncConnection) -> Row[Any]:
         return await connection.run_sync(schedule.add, new, front.agent)
@@ -58,7 +58,7 @@ async def show_schedule(request: Request) -> Response:
 async def change_schedule(request: Request) -> Response:
     """Change, pause or resume a schedule."""
     front, name = front_of(request), request.path_params["name"]
-    wanted = parse_options(ScheduleChange, await read_object(request), "")
+    wanted = payload.parse(ScheduleChange, await read_object(request), strict=True)
 
     async def work(connection: AsyncConnection) -> Row[Any]:
         return await connection.run_sync(schedule.change, name, wanted, front.agents)

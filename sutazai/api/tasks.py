@@ -10,12 +10,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from sutazai import callbacks, lifecycle, record, statements
+from sutazai import callbacks, lifecycle, payload, record, statements
 from sutazai.agent import normalise
 from sutazai.api import store
 from sutazai.api.acceptance import accept, answer_accepted, find, read_key
 from sutazai.api.answer import json_answer
-from sutazai.api.body import parse_options, parse_query, read_object, require_text
+from sutazai.api.body import parse_query, read_object, require_text
 from sutazai.api.front import Front, front_of
 from sutazai.api.prefer import MAX_WAIT_S
 from sutazai.api.signals import tell_ended
@@ -88,7 +88,9 @@ def read_submission(
     if request is not None:
         key = read_key(request, options.get("idempotency_key"), "options.idempotency_key")
         options |= {} if key is None else {"idempotency_key": key}
-    chosen = parse_options(Options, options, "options") if options else Options()
+    chosen = Options()
+    if options:
+        chosen = payload.parse(Options, options, strict=True, prefix="options")
     return Submission(action, params, callbacks.checked(chosen))
 
 

@@ -67,16 +67,13 @@ def scale(
 
 
 def _change(agent: str, *, as_json: bool, **change: Any) -> None:
-    from sutazai import db, statements
+    from sutazai import db, lifecycle
     from sutazai.tasks import load
 
     settings().require_services()
     name = load().get(agent).name
     with db.transaction() as connection:
-        connection.execute(statements.set_queue(name, **change))
-        if change.get("paused") is False:
-            # Notices that came while it was paused did nothing.
-            connection.execute(statements.ring_again(name))
+        lifecycle.set_queue(connection, name, **change)
     _show([_read(name)], as_json=as_json)
 
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from sutazai import payload
 from sutazai.cli.output import AsJSON, console, print_json, table
 from sutazai.cli.submission import read_params
 from sutazai.settings import settings
@@ -109,14 +110,13 @@ def add(
     """Add a schedule; it first runs at its next tick."""
     from sutazai import db
     from sutazai import schedule as schedules
-    from sutazai.submission import parse
     from sutazai.tasks import load
 
     settings().require_services()
     values = _values(every, cron, time_zone, overlap, catch_up, jitter, each_host, expires)
     values |= {"name": name, "action": action, "params": read_params(json_params, param)}
     values |= _given(priority=priority, enabled=not paused)
-    new = parse(schedules.NewSchedule, values)
+    new = payload.parse(schedules.NewSchedule, values)
     with db.transaction() as connection:
         row = schedules.add(connection, new, load().get(agent))
     print_json(schedules.to_json(row))
@@ -189,11 +189,10 @@ def run(name: Name) -> None:
 def _change(name: str, **values: Any) -> None:
     from sutazai import db
     from sutazai import schedule as schedules
-    from sutazai.submission import parse
     from sutazai.tasks import load
 
     settings().require_services()
-    wanted = parse(schedules.ScheduleChange, values)
+    wanted = payload.parse(schedules.ScheduleChange, values)
     with db.transaction() as connection:
         row = schedules.change(connection, name, wanted, load().agents)
     print_json(schedules.to_json(row))

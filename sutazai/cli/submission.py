@@ -14,7 +14,7 @@ from rich.spinner import Spinner
 
 from sutazai import payload
 from sutazai.cli.output import AsJSON, cell, console, errors, print_json, table
-from sutazai.errors import Conflict, DatabaseUnavailable, InvalidInput, MalformedJSON, TaskNotFound
+from sutazai.errors import DatabaseUnavailable, InvalidInput, MalformedJSON, TaskNotFound
 from sutazai.settings import settings
 from sutazai.state import State
 
@@ -54,14 +54,14 @@ def submit(
     """
     from sutazai.celery import bell
     from sutazai.celery import submit as accept
-    from sutazai.submission import Submission
+    from sutazai.submission import Options, Submission
     from sutazai.tasks import load
 
     settings().require_services()
     submission = Submission(
         load().get(agent).get(action),
-        _params(json_params, param or []),
-        _options(priority=priority, idempotency_key=idempotency_key),
+        read_params(json_params, param),
+        payload.parse(Options, {"priority": priority, "idempotency_key": idempotency_key}),
         "cli",
     )
     task_id = accept(submission).task_id
@@ -246,56 +246,40 @@ def retry(
     limit: Annotated[int, typer.Option(min=1, max=10_000, help="So many at most.")] = 1000,
 ) -> None:
     """Make new tasks of ended ones, and print their ids; the old ones stay as they are."""
-    from sutazai import db, replay, statements
+    from sutazai import db, replay
     from sutazai.celery import bell
     from sutazai.celery import submit as accept
     from sutazai.tasks import load
 
     settings().require_services()
-    edited = _params("{}", param or [])
+    edited = read_params(None, param)
     if (task_id is None) == (agent is None):
         raise InvalidInput("Give either a task's id or --agent.")
     if task_id is None:
-        wanted = replay.Filter.model_validate(
+        wanted = payload.parse(
+            replay.Filter,
             {"agent": agent, "action": action, "code": code, "params": edited}
-            | {"rate_per_s": rate, "limit": limit}
+            | {"rate_per_s": rate, "limit": limit},
         )
         with db.transaction() as connection:
             made = replay.repeat_many(connection, wanted, load().agents)
     else:
         with db.transaction() as connection:
-            row = connection.execute(statements.task(_task_id(task_id))).first()
-        if row is None:
-            raise TaskNotFound(f"There is no task {task_id}.")
-        if not State(row.state).is_terminal:
-            raise Conflict(f"The task has not ended yet: it is {row.state}.")
-        made = [accept(replay.repeat(row, load().agents, params=row.params | edited)).task_id]
+            again = replay.repeat_one(connection, _task_id(task_id), load().agents, edited=edited)
+        made = [accept(again).task_id]
         bell().close()
     print_json({"status": "accepted", "task_ids": [str(new) for new in made]})
 
 
-def _options(**values: Any) -> Any:
-    """Return options of a task; raises `InvalidInput` that names the one at fault."""
-    from pydantic import ValidationError
-
-    from sutazai.submission import Options
-
+def read_params(text: str | None, pairs: list[str] | None) -> dict[str, Any]:
+    """Return the parameters of --json-params and --param; raises `InvalidInput`."""
     try:
-        return Options.model_validate(values)
-    except ValidationError as error:
-        fault = error.errors(include_url=False)[0]
-        name = str(fault["loc"][0]).replace("_", "-")
-        raise InvalidInput(f"--{name}: {fault['msg']}.") from None
-
-
-def _params(text: str, pairs: list[str]) -> dict[str, Any]:
-    try:
-        params = payload.loads(text.encode())
+        params = payload.loads(("{}" if text is None else text).encode())
     except MalformedJSON as error:
         raise InvalidInput(f"--json-params: {error}") from None
     if not isinstance(params, dict):
         raise InvalidInput("--json-params: give a JSON object, such as '{\"limit\": 3}'.")
-    for pair in pairs:
+    for pair in pairs or []:
         name, separator, value = pair.partition("=")
         if not separator or not name:
             raise InvalidInput(f"--param {pair!r}: give it as k=v.")
@@ -304,11 +288,6 @@ def _params(text: str, pairs: list[str]) -> dict[str, Any]:
         except MalformedJSON:
             params[name] = value
     return params
-
-
-def read_params(text: str | None, pairs: list[str] | None) -> dict[str, Any]:
-    """Return the parameters of --json-params and --param; raises `InvalidInput`."""
-    return _params("{}" if text is None else text, pairs or [])
 
 
 def _follow(task_id: UUID, wait_s: float) -> int:

@@ -774,6 +774,14 @@ def test_client_goes_on_where_a_stream_of_events_broke_off(front: Front) -> None
     assert len(told) == len(expected) - 1
 
 
+def test_client_takes_a_request_id_for_its_idempotency_key(front: Front) -> None:
+    with AgentClient(front.url) as client:
+        first, again = (client.send_request("nothing", request_id="mine") for _ in range(2))
+    assert first["task_id"] == again["task_id"]
+    task = front.client.get(f"/tasks/{first['task_id']}").json()
+    assert task["idempotency_key"] == "mine"
+
+
 def test_client_repeats_under_one_idempotency_key() -> None:
     asked: list[str] = []
     keys: set[str | None] = set()
