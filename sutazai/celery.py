@@ -19,10 +19,11 @@ from uuid import UUID
 
 from celery import Celery, Task, bootsteps, signals
 from celery.backends.base import BaseBackend
-from celery.exceptions import Ignore
+from celery.exceptions import Ignore, InvalidTaskError
 from celery.worker.control import Panel
+from celery.worker.request import Request
 
-from sutazai import admission, db, lifecycle, log, redis, statements, watchers
+from sutazai import admission, db, lifecycle, log, redis, statements, transport, watchers
 from sutazai.agent import Action, Agent, WorkerView
 from sutazai.bell import NOTICE_HEADER
 from sutazai.embedded import Supervisor
@@ -166,6 +167,7 @@ def _create() -> Application:
     except ConfigurationError as error:
         # `celery -A sutazai` shows a traceback for anything but an exit.
         sys.exit(f"sutazai: {error}")
+    transport.install()
     made = Application("sutazai", set_as_current=True)
     values = runpy.run_path(str(_located("celeryconfig.py")))
     made.conf.update({k: v for k, v in values.items() if k.islower() and not callable(v)})
@@ -181,6 +183,17 @@ def _located(name: str) -> Path:
     """Find a file that stands beside the package in a checkout and inside it in a wheel."""
     package = Path(__file__).parent
     return next(path for path in (package / name, package.parent / name) if path.exists())
+
+
+class CheckedRequest(Request):  # type: ignore[misc]
+    """A request that no message can make end the pool's loop: Celery checks all but these."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        limits = self.time_limits
+        is_pair = isinstance(limits, list | tuple) and len(limits) == 2
+        if not is_pair or not {type(limit) for limit in limits} <= {int, float, type(None)}:
+            raise InvalidTaskError(f"invalid time limits {limits!r}")
 
 
 def _bind(made: Celery, action: Action[Any, Any]) -> None:
@@ -212,6 +225,7 @@ def _bind(made: Celery, action: Action[Any, Any]) -> None:
         throws=(SutazaiError,),
         typing=False,
         shared=False,
+        Request=CheckedRequest,
     )
 
 
