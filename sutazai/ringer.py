@@ -24,7 +24,13 @@ SECOND_NET_S = 10.0
 """Celery's own hard time limit lies this far beyond the task's, which the keeper enforces."""
 
 QUICKLY_S = 1.0
-"""A publish that fails sooner than this is tried again on a new connection, once."""
+"""What fails sooner than this on an open connection is tried again on a new one.
+
+Most likely the broker has restarted since; a notice too many does no harm.
+"""
+
+SILENT_S = 0.5
+"""So long a broker that did not answer is not asked again."""
 
 _MEASURE, _CLOSE = "measure", "close"
 """What the thread is told beside notices."""
@@ -51,7 +57,7 @@ class CeleryBell:
         self._connection: Any = None
         self._reading: Any = None
         self._asking = threading.Lock()
-        self._silent_at = 0.0
+        self._silent_until = 0.0
 
     def room(self, agent: str, priority: int) -> bool:
         """Whether one more notice may be published; see `Bell.room`."""
@@ -81,22 +87,25 @@ class CeleryBell:
     def _ask(self, question: Callable[[Connection], T]) -> T | None:
         """Put a question to the broker, on a connection for this alone; None: it does not answer.
 
-        Those who wait for one that does not answer are told so at once, not one after the other.
+        One that does not answer is left alone for a moment: whoever asks next is told so at once.
         """
-        came_at = time.monotonic()
         with self._asking:
-            if self._silent_at > came_at:
+            if time.monotonic() < self._silent_until:
                 return None
-            try:
-                if self._reading is None:
-                    self._reading = self._app.connection_for_read()
-                return question(self._reading)
-            except self._faults as error:
-                _logger.warning("the broker does not answer", error=str(error))
-                abandon(self._reading)
-                self._reading = None
-                self._silent_at = time.monotonic()
-                return None
+            while True:
+                began, was_open = time.monotonic(), self._reading is not None
+                try:
+                    if self._reading is None:
+                        self._reading = self._app.connection_for_read()
+                    return question(self._reading)
+                except self._faults as error:
+                    abandon(self._reading)
+                    self._reading = None
+                    if was_open and time.monotonic() - began < QUICKLY_S:
+                        continue
+                    _logger.warning("the broker does not answer", error=str(error))
+                    self._silent_until = time.monotonic() + SILENT_S
+                    return None
 
     def ring(self, notices: Sequence[Notice]) -> None:
         """Hand notices to the thread; see `Bell.ring`."""
@@ -149,19 +158,20 @@ class CeleryBell:
         return batch, False
 
     def _publish(self, batch: Sequence[Notice]) -> None:
-        began = time.monotonic()
-        was_open = self._connection is not None
-        try:
-            self._send(batch)
-        except self._faults as error:
-            self._drop()
-            if was_open and time.monotonic() - began < QUICKLY_S:
-                # Most likely the broker has restarted since; a notice too many does no harm.
-                self._publish(batch)
+        while True:
+            began, was_open = time.monotonic(), self._connection is not None
+            try:
+                self._send(batch)
                 return
-            _logger.warning("the broker does not answer; the relay will ring", error=str(error))
-            with contextlib.suppress(DatabaseUnavailable), db.transaction() as connection:
-                connection.execute(statements.ring_failed([notice.task_id for notice in batch]))
+            except self._faults as error:
+                self._drop()
+                if was_open and time.monotonic() - began < QUICKLY_S:
+                    continue
+                _logger.warning("the broker does not answer; the relay will ring", error=str(error))
+                failed = statements.ring_failed([notice.task_id for notice in batch])
+                with contextlib.suppress(DatabaseUnavailable), db.transaction() as connection:
+                    connection.execute(failed)
+                return
 
     def _send(self, batch: Sequence[Notice]) -> None:
         producer = self._producer()
