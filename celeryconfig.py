@@ -58,8 +58,6 @@ task_queues = [
 ]
 task_default_queue = next(iter(_agents), "celery")
 task_default_exchange = ""
-# A queue of each worker's own, for work that only its host can do.
-worker_direct = True
 
 accept_content = ["json"]
 task_serializer = "json"

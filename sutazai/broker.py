@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from amqp.exceptions import NotFound
 from celery import Celery
+from celery.utils.nodenames import worker_direct
 from kombu.common import maybe_declare
 from kombu.connection import Connection
 from kombu.entity import TRANSIENT_DELIVERY_MODE, Exchange, Queue
@@ -22,6 +23,28 @@ REDIS_MARK = "sutazai:broker"
 
 RABBITMQ_MARK = "sutazai.mark"
 """A queue that holds one message, which a restart of RabbitMQ forgets. Empty or gone, it has."""
+
+
+DIRECT_KEPT_S = 3600
+"""So long RabbitMQ keeps the queue of a worker that has gone: hosts of containers do not return."""
+
+
+def direct_queue(node: str, own: Any) -> Queue:
+    """Return the queue of one worker, for work that only its host can do, made as its agent's."""
+    name = direct_name(node)
+    return Queue(
+        name,
+        own.exchange,
+        routing_key=name,
+        queue_arguments=own.queue_arguments,
+        expires=DIRECT_KEPT_S,
+    )
+
+
+def direct_name(node: str) -> str:
+    """Return the name of the queue of one worker."""
+    name: str = worker_direct(node).name
+    return name
 
 
 class Broker(Protocol):

@@ -25,6 +25,7 @@ from celery.worker.control import Panel
 from sutazai import admission, db, lifecycle, log, redis, statements, watchers
 from sutazai.agent import Action, Agent, WorkerView
 from sutazai.bell import NOTICE_HEADER
+from sutazai.broker import direct_queue
 from sutazai.embedded import Supervisor
 from sutazai.errors import (
     ConfigurationError,
@@ -414,6 +415,12 @@ def _prepare_worker(instance: Any, options: Mapping[str, Any], **_: Any) -> None
             "A worker serves one agent: use `sutazai worker AGENT`, "
             f"or add `-Q AGENT` (one of: {', '.join(load().agents)})."
         )
+
+
+@signals.celeryd_after_setup.connect(weak=False)
+def _consume_direct_queue(instance: Any, **_: Any) -> None:
+    queues = instance.app.amqp.queues
+    queues.select_add(direct_queue(instance.hostname, queues[_agent_of(instance).name]))
 
 
 @signals.worker_shutting_down.connect(weak=False)

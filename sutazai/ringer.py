@@ -11,13 +11,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from celery import Celery
-from celery.utils.nodenames import worker_direct
 from kombu.connection import Connection
 from kombu.exceptions import KombuError
 
 from sutazai import db, log, redis, statements
 from sutazai.bell import NOTICE_HEADER, WINDOW_MAX, WINDOW_MIN, WINDOWS_KEY, Notice
-from sutazai.broker import broker_of
+from sutazai.broker import broker_of, direct_name
 from sutazai.errors import DatabaseUnavailable
 
 SECOND_NET_S = 10.0
@@ -233,7 +232,7 @@ def _publish_notice(producer: Any, notice: Notice, rank: int) -> None:
     task_id = str(notice.task_id)
     routing_key = notice.agent
     if notice.host:
-        routing_key = worker_direct(f"{notice.agent}@{notice.host}").name
+        routing_key = direct_name(f"{notice.agent}@{notice.host}")
     producer.publish(
         _EMPTY_BODY,
         exchange="",

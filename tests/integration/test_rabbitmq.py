@@ -13,7 +13,7 @@ from sqlalchemy import select, text
 
 from sutazai import admission, db, statements
 from sutazai.bell import WINDOW_MIN
-from sutazai.broker import RABBITMQ_MARK
+from sutazai.broker import RABBITMQ_MARK, direct_queue
 from sutazai.keeper import Identity
 from sutazai.models import tasks
 from sutazai.relay import Relay
@@ -137,6 +137,21 @@ def test_what_a_front_rings_counts_at_once(app: Any, bell: Any) -> None:
         rung += 1
     assert rung == WINDOW_MIN
     lie(bell, WINDOW_MIN)
+
+
+def test_work_for_one_host_goes_to_its_worker_alone(app: Any, bell: Any, channel: Any) -> None:
+    for priority in (1, 9):
+        accept(app, priority=priority)
+    with db.transaction() as connection:
+        connection.execute(text("UPDATE tasks SET host = 'here'"))
+    direct = direct_queue(f"{AGENT}@here", app.amqp.queues[AGENT])(channel)
+    direct.declare()
+    assert Relay(bell).round() == 2
+    bell.close()
+    until(lambda: direct.queue_declare(passive=True).message_count == 2)
+    assert bell.depth(AGENT) == 0
+    assert [direct.get(no_ack=True).properties["priority"] for _ in range(2)] == [9, 1]
+    direct.delete()
 
 
 def test_queues_have_priorities_and_outlive_a_restart(app: Any, bell: Any, channel: Any) -> None:
