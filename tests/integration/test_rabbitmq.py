@@ -88,6 +88,16 @@ def lie(bell: Any, count: int) -> None:
     until(lambda: bell.depth(AGENT) == count)
 
 
+def ping(app: Any) -> Any:
+    """Ask workers by remote control, on a connection that is kept."""
+    from sutazai.celery import ask_workers
+
+    def ask(*, reply: bool, timeout: float) -> Any:
+        return app.control.broadcast("ping", reply=reply, timeout=min(timeout, 0.1))
+
+    return ask_workers(ask)
+
+
 def fetch(app: Any, channel: Any, count: int) -> list[Any]:
     queue = app.amqp.queues[AGENT](channel)
     return [queue.get(no_ack=True) for _ in range(count)]
@@ -198,6 +208,7 @@ def test_a_restart_is_noticed_and_what_was_out_is_rung_again(
     relay.round()
     lie(bell, 2)
     assert bell.forgotten() is None
+    assert ping(app) == []
     rabbitmq.stop(kill=True)
     assert bell.forgotten() is None  # it does not answer, which tells nothing
     assert relay.round() == 0
@@ -207,6 +218,7 @@ def test_a_restart_is_noticed_and_what_was_out_is_rung_again(
     lie(bell, 2)
     assert relay.round() == 0
     assert rings() == [2, 2]
+    assert ping(app) == []  # no worker runs, but the question was put
 
 
 def test_a_frozen_broker_delays_a_notice_and_nobody_who_rings(
