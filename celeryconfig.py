@@ -31,7 +31,7 @@ broker_transport_options = (
     }
     if _is_redis
     else {
-        # A notice that is lost is rung again; to wait for each one's receipt costs ten times more.
+        # A notice that is lost is rung again; to wait for each one's receipt costs many times more.
         "confirm_publish": False,
         # A broker that is frozen must hold up nobody for long.
         "read_timeout": 3,
