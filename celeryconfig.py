@@ -30,8 +30,19 @@ broker_transport_options = (
         "max_retries": 2,
     }
     if _is_redis
-    else {"confirm_publish": False}
+    else {
+        # A notice that is lost is rung again; to wait for each one's receipt costs many times more.
+        "confirm_publish": False,
+        # A broker that is frozen must hold up nobody for long.
+        "read_timeout": 3,
+        "write_timeout": 3,
+        # Whoever needs the broker tries again later; workers connect by a setting of their own.
+        "max_retries": 0,
+    }
 )
+broker_connection_timeout = 4 if _is_redis else 3
+# RabbitMQ and its workers miss each other after two of these.
+broker_heartbeat = 20
 
 # One queue an agent, of its own name. A misspelt queue raises instead of being created.
 task_create_missing_queues = False
@@ -40,14 +51,13 @@ task_queues = [
         name,
         Exchange("", type="direct"),
         routing_key=name,
-        queue_arguments=None if _is_redis else {"x-max-priority": 9},
+        # A quorum queue has no priorities, and may be a virtual host's default.
+        queue_arguments=None if _is_redis else {"x-max-priority": 9, "x-queue-type": "classic"},
     )
     for name in _agents
 ]
 task_default_queue = next(iter(_agents), "celery")
 task_default_exchange = ""
-# A queue of each worker's own, for work that only its host can do.
-worker_direct = True
 
 accept_content = ["json"]
 task_serializer = "json"

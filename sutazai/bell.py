@@ -36,6 +36,16 @@ class Bell(Protocol):
     def depth(self, agent: str) -> int | None:
         """How many notices lie on the queue now; None when the broker does not answer."""
 
+    def forgotten(self) -> str | None:
+        """Which life of the broker this is, if it lost its queues since `remember`; else None.
+
+        None too when the broker does not answer. Whoever is told rings again what was rung,
+        commits that, and then calls `remember`.
+        """
+
+    def remember(self, life: str) -> None:
+        """Leave a mark that the broker loses together with its queues."""
+
     def ring(self, notices: Sequence[Notice]) -> None:
         """Publish soon and return at once; a failure makes the rows due again after a second."""
 

@@ -11,7 +11,7 @@ import dataclasses
 import os
 import runpy
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from celery.worker.request import Request
 from sutazai import admission, db, lifecycle, log, redis, statements, transport, watchers
 from sutazai.agent import Action, Agent, WorkerView
 from sutazai.bell import NOTICE_HEADER
+from sutazai.broker import direct_queue
 from sutazai.embedded import Supervisor
 from sutazai.errors import (
     ConfigurationError,
@@ -34,6 +35,7 @@ from sutazai.errors import (
     LeaseLost,
     SutazaiError,
     TaskFailed,
+    Unavailable,
     UnknownAgent,
     Unsupported,
 )
@@ -257,7 +259,7 @@ class CelerySystem:
             raise Unsupported(f"{node} is not a live worker.")
         if slots != now:
             change = app.control.pool_grow if slots > now else app.control.pool_shrink
-            reply = change(abs(slots - now), destination=[node], reply=True, timeout=2.0)
+            reply = ask_workers(change, abs(slots - now), destination=[node])
             if not any("ok" in answer.get(node, {}) for answer in reply or []):
                 raise Unsupported(f"{node} did not change its pool: {reply}")
         return slots
@@ -267,7 +269,7 @@ class CelerySystem:
         nodes = [w.name for w in self.workers() if w.agent == agent]
         if not nodes:
             raise Unsupported(f"{agent} has no live worker.")
-        app.control.pool_restart(destination=nodes, reply=True, timeout=2.0)
+        ask_workers(app.control.pool_restart, destination=nodes)
 
     def restart_process(self, agent: str) -> None:
         """Restart the worker process that supervisord runs on this machine."""
@@ -275,6 +277,21 @@ class CelerySystem:
         if not supervisor.running():
             raise Unsupported("No supervisord runs this installation's processes.")
         supervisor.restart(f"worker-{agent}")
+
+
+def ask_workers(ask: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Use a command of Celery's remote control and return the replies of two seconds.
+
+    Raises `Unavailable` when the broker does not answer.
+    """
+    for is_last in (False, True):
+        try:
+            return ask(*arguments, **options, reply=True, timeout=2.0)
+        except faults(app.connection_for_write()) as error:
+            # A pooled connection may be from before a restart of the broker; the next one is new.
+            if is_last:
+                raise Unavailable(f"The broker does not answer: {error}") from error
+    return None
 
 
 # --- the worker -----------------------------------------------------------------------------
@@ -428,6 +445,12 @@ def _prepare_worker(instance: Any, options: Mapping[str, Any], **_: Any) -> None
             "A worker serves one agent: use `sutazai worker AGENT`, "
             f"or add `-Q AGENT` (one of: {', '.join(load().agents)})."
         )
+
+
+@signals.celeryd_after_setup.connect(weak=False)
+def _consume_direct_queue(instance: Any, **_: Any) -> None:
+    queues = instance.app.amqp.queues
+    queues.select_add(direct_queue(instance.hostname, queues[_agent_of(instance).name]))
 
 
 @signals.worker_shutting_down.connect(weak=False)

@@ -35,9 +35,6 @@ RETENTION_S = 30 * 86_400.0
 SCHEDULED_RETENTION_S = 86_400.0
 WORKERS_RETENTION_S = 86_400.0
 
-BROKER_KEY = "sutazai:broker"
-"""Holds the broker's run id. Gone or different, the broker has lost its queues."""
-
 _logger = log.get(__name__)
 
 
@@ -159,17 +156,13 @@ class Relay:
         return self._windows[agent.agent]
 
     def _notice_broker_loss(self) -> None:
-        """Make rung rows due when Redis has restarted or was emptied; commit first, mark after."""
-        if settings().signals_url != settings().broker_url:
-            return  # another Redis tells nothing of the broker
-        found = redis.attempt(
-            lambda client: (client.info("server")["run_id"], client.get(BROKER_KEY))
-        )
-        if found is None or found[0] == found[1]:
+        """Make rung rows due when the broker lost its queues; commit first, mark after."""
+        life = self._bell.forgotten()
+        if life is None:
             return
         with db.transaction() as connection:
             again = connection.execute(statements.ring_again()).rowcount
-        redis.attempt(lambda client: client.set(BROKER_KEY, found[0]))
+        self._bell.remember(life)
         if again:
             _logger.warning("the broker lost its queues; ringing again", rows=again)
 

@@ -7,25 +7,36 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from celery import Celery
-from celery.utils.nodenames import worker_direct
 from kombu.connection import Connection
 from kombu.exceptions import KombuError
 
 from sutazai import db, log, redis, statements
 from sutazai.bell import NOTICE_HEADER, WINDOW_MAX, WINDOW_MIN, WINDOWS_KEY, Notice
+from sutazai.broker import broker_of, direct_name
 from sutazai.errors import DatabaseUnavailable
 
 SECOND_NET_S = 10.0
 """Celery's own hard time limit lies this far beyond the task's, which the keeper enforces."""
 
+QUICKLY_S = 1.0
+"""What fails sooner than this on an open connection is tried again on a new one.
+
+Most likely the broker has restarted since; a notice too many does no harm.
+"""
+
+SILENT_S = 0.5
+"""So long a broker that did not answer is not asked again."""
+
 _MEASURE, _CLOSE = "measure", "close"
 """What the thread is told beside notices."""
 
 _logger = log.get(__name__)
+
+T = TypeVar("T")
 
 
 class CeleryBell:
@@ -33,6 +44,7 @@ class CeleryBell:
 
     def __init__(self, app: Celery) -> None:
         self._app = app
+        self._broker = broker_of(app)
         self._waiting: queue.SimpleQueue[Notice | str] = queue.SimpleQueue()
         self._asked: set[str] = set()
         self._depths: dict[str, dict[int, int]] = {}
@@ -43,6 +55,8 @@ class CeleryBell:
         self._lock = threading.Lock()
         self._connection: Any = None
         self._reading: Any = None
+        self._asking = threading.Lock()
+        self._silent_until = 0.0
 
     def room(self, agent: str, priority: int) -> bool:
         """Whether one more notice may be published; see `Bell.room`."""
@@ -59,15 +73,38 @@ class CeleryBell:
 
     def depth(self, agent: str) -> int | None:
         """How many notices lie on the queue; see `Bell.depth`."""
-        try:
-            if self._reading is None:
-                self._reading = self._app.connection_for_read()
-            return sum(self._levels(self._reading.default_channel, agent).values())
-        except self._faults as error:
-            _logger.warning("the broker does not answer", error=str(error))
-            abandon(self._reading)
-            self._reading = None
-            return None
+        return self._ask(lambda connection: self._broker.depth(connection, agent))
+
+    def forgotten(self) -> str | None:
+        """Which life of the broker this is, if it lost its queues; see `Bell.forgotten`."""
+        return self._ask(self._broker.forgotten)
+
+    def remember(self, life: str) -> None:
+        """Leave a mark; see `Bell.remember`."""
+        self._ask(lambda connection: self._broker.remember(connection, life))
+
+    def _ask(self, question: Callable[[Connection], T]) -> T | None:
+        """Put a question to the broker, on a connection for this alone; None: it does not answer.
+
+        One that does not answer is left alone for a moment: whoever asks next is told so at once.
+        """
+        with self._asking:
+            if time.monotonic() < self._silent_until:
+                return None
+            while True:
+                began, was_open = time.monotonic(), self._reading is not None
+                try:
+                    if self._reading is None:
+                        self._reading = self._app.connection_for_read()
+                    return question(self._reading)
+                except self._faults as error:
+                    abandon(self._reading)
+                    self._reading = None
+                    if was_open and time.monotonic() - began < QUICKLY_S:
+                        continue
+                    _logger.warning("the broker does not answer", error=str(error))
+                    self._silent_until = time.monotonic() + SILENT_S
+                    return None
 
     def ring(self, notices: Sequence[Notice]) -> None:
         """Hand notices to the thread; see `Bell.ring`."""
@@ -120,26 +157,41 @@ class CeleryBell:
         return batch, False
 
     def _publish(self, batch: Sequence[Notice]) -> None:
-        try:
-            producer = self._producer()
-            with producer.batch(max_size=len(batch)):
-                for notice in batch:
-                    _publish_notice(producer, notice)
-        except self._faults as error:
-            _logger.warning("the broker does not answer; the relay will ring", error=str(error))
-            self._drop()
-            with contextlib.suppress(DatabaseUnavailable), db.transaction() as connection:
-                connection.execute(statements.ring_failed([notice.task_id for notice in batch]))
+        while True:
+            began, was_open = time.monotonic(), self._connection is not None
+            try:
+                self._send(batch)
+                return
+            except self._faults as error:
+                self._drop()
+                if was_open and time.monotonic() - began < QUICKLY_S:
+                    continue
+                _logger.warning("the broker does not answer; the relay will ring", error=str(error))
+                failed = statements.ring_failed([notice.task_id for notice in batch])
+                with contextlib.suppress(DatabaseUnavailable), db.transaction() as connection:
+                    connection.execute(failed)
+                return
+
+    def _send(self, batch: Sequence[Notice]) -> None:
+        producer = self._producer()
+        agents = {notice.agent for notice in batch}
+        self._broker.declare(producer.connection, agents)
+        with producer.batch(max_size=len(batch)):
+            for notice in batch:
+                _publish_notice(producer, notice, self._broker.rank(notice.priority))
+        self._broker.confirm(producer.connection, agents)
 
     def _measure(self) -> None:
         """Learn the depths of the queues that were asked about, and the windows."""
         wanted = list(self._asked)
         try:
-            channel = self._producer().channel
+            connection = self._producer().connection
             for agent in wanted:
-                self._depths[agent] = self._levels(channel, agent)
+                self._depths[agent] = self._broker.levels(connection, agent)
         except self._faults:
             self._drop()
+        except DatabaseUnavailable as error:
+            _logger.warning("the windows are guessed", reason=str(error))
         windows = redis.attempt(lambda client: client.hgetall(WINDOWS_KEY)) or {}
         self._windows = {str(agent): int(size) for agent, size in windows.items()}
         self._measured_at.update(dict.fromkeys(wanted, time.monotonic()))
@@ -159,19 +211,6 @@ class CeleryBell:
     def _faults(self) -> tuple[type[BaseException], ...]:
         return faults(self._app.connection_for_write())
 
-    @staticmethod
-    def _levels(channel: Any, agent: str) -> dict[int, int]:
-        """Return the depth of each priority level of a queue, by our numbers."""
-        if hasattr(channel, "priority_steps"):
-            with channel.conn_or_acquire() as client, client.pipeline(transaction=False) as pipe:
-                for step in channel.priority_steps:
-                    pipe.llen(channel._q_for_pri(agent, step))
-                return {
-                    9 - step: n
-                    for step, n in zip(channel.priority_steps, pipe.execute(), strict=True)
-                }
-        return {0: channel.queue_declare(agent, passive=True).message_count}
-
 
 def faults(connection: Connection) -> tuple[type[BaseException], ...]:
     """Return whatever the broker's driver raises when the broker does not answer."""
@@ -189,16 +228,16 @@ def abandon(connection: Connection | None) -> None:
 _EMPTY_BODY = '[[], {}, {"callbacks": null, "errbacks": null, "chain": null, "chord": null}]'
 
 
-def _publish_notice(producer: Any, notice: Notice) -> None:
+def _publish_notice(producer: Any, notice: Notice, rank: int) -> None:
     task_id = str(notice.task_id)
     routing_key = notice.agent
     if notice.host:
-        routing_key = worker_direct(f"{notice.agent}@{notice.host}").name
+        routing_key = direct_name(f"{notice.agent}@{notice.host}")
     producer.publish(
         _EMPTY_BODY,
         exchange="",
         routing_key=routing_key,
-        priority=_broker_priority(producer, notice.priority),
+        priority=rank,
         content_type="application/json",
         content_encoding="utf-8",
         correlation_id=task_id,
@@ -221,8 +260,3 @@ def _publish_notice(producer: Any, notice: Notice) -> None:
             NOTICE_HEADER: 1,
         },
     )
-
-
-def _broker_priority(producer: Any, priority: int) -> int:
-    """Turn our priority (9 most urgent) into the broker's: Redis serves 0 first, RabbitMQ 9."""
-    return 9 - priority if hasattr(producer.channel, "priority_steps") else priority

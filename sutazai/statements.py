@@ -519,6 +519,19 @@ def ring_failed(task_ids: Sequence[UUID]) -> Update:
     )
 
 
+def count_rung(agent: str) -> TextClause:
+    """Count the notices of a queue that are out, by priority."""
+    return _COUNT_RUNG.bindparams(agent=agent)
+
+
+_COUNT_RUNG = text(
+    """
+    SELECT priority, count(*) AS notices FROM tasks
+    WHERE agent = :agent AND state = 'queued' AND rings > 0 GROUP BY priority
+    """
+)
+
+
 def put_off(task_id: UUID) -> Update:
     """Ring a task again in a second, which could not be claimed just now."""
     return (

@@ -22,6 +22,7 @@ from sutazai.embedded import child
 from sutazai.models import metadata
 from sutazai.settings import override
 from sutazai.tasks import load
+from tests.rabbitmq import Node, is_installed
 
 # Every run tries the same inputs; `pytest --hypothesis-profile explore` tries new ones.
 _COMMON = {
@@ -63,6 +64,20 @@ def servers() -> Iterator[Servers]:
             env["SUTAZAI_BROKER_URL"],
             env["SUTAZAI_REDIS_URL"],
         )
+
+
+@pytest.fixture(scope="session")
+def rabbitmq() -> Iterator[Node]:
+    """Start a private RabbitMQ; where it is not installed, skip at home and fail in CI."""
+    if not is_installed():
+        absent = "RabbitMQ is not installed: apt-get install rabbitmq-server"
+        pytest.fail(absent) if os.environ.get("CI") else pytest.skip(absent)
+    folder = Path(tempfile.mkdtemp(prefix="sutazai-", dir="/tmp"))
+    try:
+        with Node(folder, free_port(), free_port(), free_port()) as node:
+            yield node
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def free_port() -> int:

@@ -94,7 +94,7 @@ def create_app(
         waiting=waiting,
         metrics=metrics,
         positions=Positions(),
-        health=Health(agent),
+        health=Health(agent, bell),
         sample=Sample() if agent.name == SAMPLER else None,
         group=Group(),
     )

@@ -21,6 +21,7 @@ from sutazai import log, redis, statements
 from sutazai.agent import Agent
 from sutazai.api import store
 from sutazai.api.cached import Cached
+from sutazai.bell import Bell
 from sutazai.errors import DatabaseUnavailable
 from sutazai.settings import settings
 
@@ -81,9 +82,9 @@ class Report:
 class Health:
     """The health of one agent; checks of other services are shared by all who ask within 2 s."""
 
-    def __init__(self, agent: Agent) -> None:
+    def __init__(self, agent: Agent, bell: Bell | None) -> None:
         self._agent = agent
-        self._broker = _cached(_check_broker)
+        self._broker = _cached(lambda: _check_broker(bell, agent.name))
         self._redis = _cached(_check_redis)
         self._own = {name: _own_check(name, check) for name, check in agent.health_checks.items()}
 
@@ -225,9 +226,9 @@ def _cached(check: Callable[[], Any]) -> Cached[str]:
     )
 
 
-async def check_services() -> dict[str, str]:
-    """Ask the broker and Redis how they are, once and now."""
-    broker, signals = await asyncio.gather(_check_broker(), _check_redis())
+async def check_services(bell: Bell | None, agent: str) -> dict[str, str]:
+    """Ask the broker, by the queue of an agent, and Redis how they are, once and now."""
+    broker, signals = await asyncio.gather(_check_broker(bell, agent), _check_redis())
     return {"broker": broker, "redis": signals}
 
 
@@ -238,11 +239,15 @@ async def _check_redis() -> str:
     return await _ping(client)
 
 
-async def _check_broker() -> str:
+async def _check_broker(bell: Bell | None, agent: str) -> str:
     url = settings().broker_url or ""
     if url.startswith("redis"):
         return await _ping(Redis.from_url(url, socket_connect_timeout=CHECK_WITHIN_S))
-    return await _connect(url)
+    if bell is None:
+        return await _connect(url)
+    # Connecting alone proves nothing: a frozen broker's machine goes on to take connections.
+    depth = await asyncio.to_thread(bell.depth, agent)
+    return OK if depth is not None else "does not answer"
 
 
 async def _ping(client: Redis) -> str:

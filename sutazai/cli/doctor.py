@@ -36,6 +36,7 @@ def examine() -> Iterator[Finding]:
         "agents": _agents,
         "postgresql": _postgresql,
         "migrations": _migrations,
+        "broker": _broker,
         "redis": _redis,
         "workers": _workers,
         "ports": _ports,
@@ -84,6 +85,44 @@ def _migrations() -> Iterator[Finding]:
         yield Finding(
             "migrations", "error", f"revision {current}, not {wanted}", "run `sutazai migrate`"
         )
+
+
+def _broker() -> Iterator[Finding]:
+    """Examine a broker that is not the Redis of the next check."""
+    if settings().broker_url == settings().signals_url:
+        return
+    from amqp.exceptions import NotFound, PreconditionFailed
+
+    from sutazai.celery import app
+    from sutazai.ringer import abandon, faults
+
+    connection = app.connection_for_read()
+    try:
+        channel = connection.default_channel
+        server = getattr(connection.connection, "server_properties", {})
+        text = " ".join(str(server[key]) for key in ("product", "version") if key in server)
+        yield Finding("broker", "ok", text or "answers")
+        if not server:
+            return
+        for name in started(load().agents):
+            queue = app.amqp.queues[name](channel)
+            try:
+                queue.queue_declare(passive=True)
+                queue.queue_declare()  # which compares the arguments
+            except NotFound:
+                pass  # its worker makes it
+            except PreconditionFailed as error:
+                yield Finding(
+                    "broker",
+                    "error",
+                    f"the queue {name} is not as we make it: {error.reply_text}",
+                    "delete it: its worker makes it anew, and what waits on it is rung again",
+                )
+    except faults(connection) as error:
+        why = f"does not answer: {error}"
+        yield Finding("broker", "error", why, "start it, or mend SUTAZAI_BROKER_URL")
+    finally:
+        abandon(connection)
 
 
 def _redis() -> Iterator[Finding]:

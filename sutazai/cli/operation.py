@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.live import Live
 
+from sutazai.bell import Bell
 from sutazai.cli.output import AsJSON, console, fail, print_json, table
 from sutazai.embedded import Supervisor
 from sutazai.errors import DatabaseUnavailable
@@ -71,7 +72,7 @@ def _read() -> list[dict[str, Any]]:
     with db.transaction() as connection:
         states = connection.execute(statements.status(names)).all()
         ended = {row.agent: row for row in connection.execute(statements.activity(60.0))}
-    services = asyncio.run(check_services())
+    services = asyncio.run(check_services(_bell(), names[0])) if names else {}
     own = {
         name: {check: ask() for check, ask in load().get(name).health_checks.items()}
         for name in names
@@ -94,6 +95,15 @@ def _read() -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _bell() -> Bell | None:
+    """Return the bell where asking the broker takes one; to load Celery takes long."""
+    if (settings().broker_url or "").startswith("redis"):
+        return None
+    from sutazai.celery import bell
+
+    return bell()
 
 
 def started(declared: Iterable[str]) -> list[str]:

@@ -174,10 +174,10 @@ class _System:
         self._home = settings().home
         self._offset = settings().port_offset
         self._embedded = not (is_given("database_url") and is_given("broker_url"))
-        if self._embedded and (is_given("database_url") or is_given("broker_url")):
+        if self._embedded and (is_given("database_url") or _given_redis_broker()):
             raise ConfigurationError(
                 "SUTAZAI_DATABASE_URL and SUTAZAI_BROKER_URL: set both, or neither for "
-                "embedded servers."
+                "embedded servers; RabbitMQ alone may be set."
             )
 
     def start(self, progress: Status) -> int:
@@ -228,7 +228,9 @@ class _System:
     def _programs(self) -> list[Program]:
         programs: list[Program] = []
         if self._embedded:
-            prepare(self._home, POSTGRESQL_PORT + self._offset, VALKEY_PORT + self._offset)
+            ports = POSTGRESQL_PORT + self._offset, VALKEY_PORT + self._offset
+            broker_url = settings().broker_url if is_given("broker_url") else None
+            prepare(self._home, *ports, broker_url=broker_url)
             programs += server_programs(self._home)
         else:
             self._home.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -311,6 +313,11 @@ class _System:
         console.print(table(("AGENT", "HEALTH", "URL", ""), rows))
         how = "`sutazai down` stops it" if self._detach else "Ctrl-C stops it"
         errors.print(f"\nStarted in {took_s:.1f} s; logs: {self._home / 'log'}; {how}.")
+
+
+def _given_redis_broker() -> bool:
+    """Whether a Redis was given as the broker; the embedded one would be a second."""
+    return is_given("broker_url") and not (settings().broker_url or "").startswith("amqp")
 
 
 def _ask(client: httpx.Client, agent: Agent) -> Health:

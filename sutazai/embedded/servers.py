@@ -94,9 +94,12 @@ CREATE DATABASE sutazai OWNER sutazai;
 """
 
 
-def prepare(home: Path, postgresql_port: int, valkey_port: int) -> dict[str, str]:
+def prepare(
+    home: Path, postgresql_port: int, valkey_port: int, *, broker_url: str | None = None
+) -> dict[str, str]:
     """Make or reuse a home's servers, write `home/env` and return what stands in it.
 
+    broker_url: another broker than the embedded Valkey, which then has the other uses of Redis.
     Starts nothing; what an earlier start left running is stopped (`recover`). Raises `Conflict`
     when this home is being supervised, `ConfigurationError` when it cannot be used.
     """
@@ -119,6 +122,8 @@ def prepare(home: Path, postgresql_port: int, valkey_port: int) -> dict[str, str
             _check_version(layout.postgresql, binaries)
             _configure(layout, account, credentials["broker"], postgresql_port, valkey_port)
             env = _environment(credentials, postgresql_port, valkey_port)
+            if broker_url:
+                env["SUTAZAI_BROKER_URL"] = broker_url
             lines = [f"{name}={shlex.quote(value)}\n" for name, value in env.items()]
             _write(layout.env, "".join(lines))
         except OSError as error:
@@ -155,7 +160,7 @@ def wait_for_servers(env: Mapping[str, str], timeout_s: float = 30.0) -> None:
     """Wait until both servers of `prepare`'s result answer; raises `Unavailable` if not."""
     checks = {
         "PostgreSQL": lambda: _postgresql_answers(env["SUTAZAI_DATABASE_URL"]),
-        "Valkey": lambda: _valkey_answers(env["SUTAZAI_BROKER_URL"]),
+        "Valkey": lambda: _valkey_answers(env["SUTAZAI_REDIS_URL"]),
     }
     for name, answers in checks.items():
         if not wait_until(answers, timeout_s, every_s=0.02):

@@ -69,10 +69,15 @@ class Place:
     _stack: ExitStack = field(default_factory=ExitStack)
 
     @classmethod
-    def open(cls, folder: Path, kind: Kind = Kind.PLAIN) -> Place:
-        """Start the system and make the table that effects are counted in."""
+    def open(
+        cls, folder: Path, kind: Kind = Kind.PLAIN, *, flower: bool = False, **given: str
+    ) -> Place:
+        """Start the system and make the table that effects are counted in.
+
+        given: more variables of its environment.
+        """
         home = stores = folder / ".sutazai"
-        env = {"PYTHONPATH": str(Path(__file__).parent / "agents")}
+        env = {"PYTHONPATH": str(Path(__file__).parent / "agents"), **given}
         links: dict[str, Proxy] = {}
         with ExitStack() as stack:
             if kind is Kind.CRAMPED:
@@ -82,7 +87,7 @@ class Place:
                 stores = folder / "stores"
                 links, urls = _proxied_stores(stack, stores)
                 env |= urls
-            running = _start(home, _reserve_ports(stack), env)
+            running = _start(home, _reserve_ports(stack), env, flower=flower)
             place = cls(running, kind, stores, links)
             stack.callback(lambda: _insist(place.system.process))
             with place.database() as connection:
@@ -214,9 +219,9 @@ class Place:
 _KEPT = ("PYTHONPATH", "SUTAZAI_DATABASE_URL", "SUTAZAI_BROKER_URL")
 
 
-def _start(home: Path, offset: int, env: dict[str, str]) -> System:
-    chosen = ("--agent", f"{AGENT}:agent", "--agents", AGENT, "--no-flower")
-    running = start(home, offset, *chosen, **env)
+def _start(home: Path, offset: int, env: dict[str, str], *, flower: bool = False) -> System:
+    chosen = ["--agent", f"{AGENT}:agent", "--agents", AGENT]
+    running = start(home, offset, *chosen, *([] if flower else ["--no-flower"]), **env)
     running.env["SUTAZAI_AGENTS"] = f"{AGENT}:agent"
     return running
 

@@ -349,7 +349,7 @@ def test_orphaned_servers_of_this_home_are_stopped_and_no_others(home: Path, ser
         embedded.recover(home)
         assert [orphan.wait(5) for orphan in orphans] == [0, 0]
     embedded.wait_for_servers(
-        {"SUTAZAI_DATABASE_URL": servers.database_url, "SUTAZAI_BROKER_URL": servers.broker_url}
+        {"SUTAZAI_DATABASE_URL": servers.database_url, "SUTAZAI_REDIS_URL": servers.redis_url}
     )
 
 

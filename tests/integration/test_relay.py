@@ -12,7 +12,7 @@ from sutazai import admission, db, redis, statements
 from sutazai.bell import WINDOW_MAX, WINDOW_MIN, window
 from sutazai.keeper import Identity
 from sutazai.models import services, tasks
-from sutazai.relay import BROKER_KEY, Relay
+from sutazai.relay import Relay
 from sutazai.ringer import abandon
 from sutazai.submission import Options, Submission
 from tests.conftest import Servers, free_port
@@ -126,10 +126,12 @@ def test_when_the_broker_forgets_everything_it_is_told_again(bell: Any) -> None:
 
 
 def test_a_broker_restarted_from_an_old_dump_is_noticed_by_its_run_id(bell: Any) -> None:
+    from sutazai.broker import REDIS_MARK
+
     accept()
     relay = Relay(bell)
     relay.round()
-    redis.attempt(lambda client: client.set(BROKER_KEY, "the run id of before"))
+    redis.attempt(lambda client: client.set(REDIS_MARK, "the run id of before"))
     assert relay.round() == 1
     assert rings() == [2]
 

@@ -11,8 +11,8 @@ from uuid import uuid4
 import redis
 
 from sutazai.bell import NOTICE_HEADER
+from sutazai.broker import REDIS_MARK
 from sutazai.embedded import Layout
-from sutazai.relay import BROKER_KEY
 from tests.faults.fault import fault
 from tests.faults.place import AGENT, WORKER, Place, frozen, kill, last, until
 
@@ -46,7 +46,7 @@ def kill_broker(place: Place, _: random.Random) -> None:
 def restore_broker(place: Place, chance: random.Random) -> None:
     client = place.broker()
     with frozen(place.process(WORKER), *place.children()):
-        until(lambda: _queues(client) and client.exists(BROKER_KEY), 20, "notices wait")
+        until(lambda: _queues(client) and client.exists(REDIS_MARK), 20, "notices wait")
         client.save()
     last(chance.uniform(0.5, 1.5))
     try:
