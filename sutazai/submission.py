@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
@@ -31,8 +32,11 @@ Label = Annotated[str, StringConstraints(max_length=200)]
 
 
 def _written_out(value: Any) -> Any:
-    """Refuse numbers in text, which pydantic takes for seconds since 1970."""
-    if isinstance(value, str) and value[4:5] != "-":
+    """Read an instant in RFC 3339; pydantic takes numbers in text for seconds since 1970 too."""
+    if isinstance(value, str) and value[4:5] == "-" and value[10:11] in "Tt ":
+        with suppress(ValueError):
+            return datetime.fromisoformat(value)
+    if isinstance(value, str):
         raise ValueError("write the instant out, as 2026-01-31T12:00:00Z")
     return value
 

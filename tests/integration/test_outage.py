@@ -152,6 +152,12 @@ def test_what_was_rung_before_an_outage_is_rung_again_after_it() -> None:
         def depth(self, _agent: str) -> int:
             return 1
 
+        def forgotten(self) -> None:
+            return None
+
+        def remember(self, _life: str) -> None:
+            raise AssertionError
+
         def ring(self, notices: Any) -> None:
             self.notices += notices
 
