@@ -191,7 +191,8 @@ class Courier:
             settled = due.callback_tries >= TRIES
         pause_s = PAUSES_S[min(due.callback_tries, len(PAUSES_S)) - 1]
         pause = timedelta(seconds=pause_s * random.uniform(0.8, 1.2))  # noqa: S311 - only jitter
-        db.run(statements.settle_callback(due.task_id, settled=settled, error=error, pause=pause))
+        tried = (due.task_id, due.callback_tries)
+        db.run(statements.settle_callback(*tried, settled=settled, error=error, pause=pause))
         if error is None:
             _logger.info("callback delivered", task_id=str(due.task_id))
         else:

@@ -336,7 +336,7 @@ class KeeperStep(bootsteps.StartStopStep):  # type: ignore[misc]
             site.identity,
             site.reports,
             site.agents,
-            slots=lambda: int(parent.pool.num_processes or 1),
+            slots=lambda: _slots_of(parent),
             consuming=lambda: _is_consuming(parent, site.identity.agent),
             broker_answers=_broker_answers,
             each_beat=lambda: watchers.end_unwatched(parent),
@@ -381,6 +381,14 @@ def _broker_answers() -> bool:
     finally:
         abandon(connection)
     return True
+
+
+def _slots_of(parent: Any) -> int:
+    """Return how many tasks the pool runs at once; none, while it has stopped."""
+    try:
+        return int(parent.pool.num_processes or 1)
+    except AttributeError:
+        return 0
 
 
 def _is_consuming(parent: Any, queue: str) -> bool:

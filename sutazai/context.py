@@ -22,16 +22,16 @@ class Delegation(NamedTuple):
 class Log(Protocol):
     """Log lines of a running task; each carries agent, action, task id and attempt."""
 
-    def debug(self, event: str, **fields: Any) -> Any:
+    def debug(self, event: str, /, **fields: Any) -> Any:
         """Log a detail."""
 
-    def info(self, event: str, **fields: Any) -> Any:
+    def info(self, event: str, /, **fields: Any) -> Any:
         """Log what happened."""
 
-    def warning(self, event: str, **fields: Any) -> Any:
+    def warning(self, event: str, /, **fields: Any) -> Any:
         """Log what should be looked at."""
 
-    def error(self, event: str, **fields: Any) -> Any:
+    def error(self, event: str, /, **fields: Any) -> Any:
         """Log what went wrong."""
 
 

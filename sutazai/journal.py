@@ -8,6 +8,7 @@ outcome.
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import time
 from collections.abc import Sequence
@@ -45,24 +46,20 @@ class Journal:
         self._count = self._bytes = 0
         self._is_counted = attempt == 1
 
-    def debug(self, event: str, **fields: Any) -> None:
+    def debug(self, event: str, /, **fields: Any) -> None:
         """Log a detail."""
-        self._logger.debug(event, **fields)
         self._keep("debug", event, fields)
 
-    def info(self, event: str, **fields: Any) -> None:
+    def info(self, event: str, /, **fields: Any) -> None:
         """Log what happened."""
-        self._logger.info(event, **fields)
         self._keep("info", event, fields)
 
-    def warning(self, event: str, **fields: Any) -> None:
+    def warning(self, event: str, /, **fields: Any) -> None:
         """Log what should be looked at."""
-        self._logger.warning(event, **fields)
         self._keep("warning", event, fields)
 
-    def error(self, event: str, **fields: Any) -> None:
+    def error(self, event: str, /, **fields: Any) -> None:
         """Log what went wrong."""
-        self._logger.error(event, **fields)
         self._keep("error", event, fields)
 
     def progress(self, fraction: float, message: str) -> bool:
@@ -71,7 +68,8 @@ class Journal:
         What comes sooner is stored when the attempt ends, if nothing follows it. An attempt that
         has lost its task counts as cancelled.
         """
-        self._untold = min(max(float(fraction), 0.0), 1.0), _storable(message)[:MESSAGE_MOST]
+        done = 0.0 if math.isnan(fraction) else min(max(float(fraction), 0.0), 1.0)
+        self._untold = done, _storable(message)[:MESSAGE_MOST]
         if time.monotonic() - self._told_at < GATHER_S:
             return False
         with self._writing, contextlib.suppress(DatabaseUnavailable):
@@ -137,6 +135,8 @@ class Journal:
             return None
 
     def _keep(self, level: str, event: str, fields: dict[str, Any]) -> None:
+        fields.pop("event", None)  # the line has one
+        getattr(self._logger, level)(event, **fields)
         line = {
             **{_storable(name): _plain(value) for name, value in fields.items()},
             "at": datetime.now(UTC).isoformat().replace("+00:00", "Z"),

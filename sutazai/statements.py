@@ -1237,17 +1237,22 @@ _TAKE_CALLBACKS = text(
 
 
 def settle_callback(
-    task_id: UUID, *, settled: bool, error: str | None, pause: timedelta
+    task_id: UUID, tries: int, *, settled: bool, error: str | None, pause: timedelta
 ) -> TextClause:
-    """Record that a callback was delivered or given up, or when it is tried again."""
-    return _SETTLE_CALLBACK.bindparams(task_id=task_id, settled=settled, error=error, pause=pause)
+    """Record that a callback was delivered or given up, or when it is tried again.
+
+    tries: what it was taken with, the fence: whoever comes after his lease changes nothing.
+    """
+    return _SETTLE_CALLBACK.bindparams(
+        task_id=task_id, tries=tries, settled=settled, error=error, pause=pause
+    )
 
 
 _SETTLE_CALLBACK = text(
     """
     UPDATE tasks SET callback_settled_at = CASE WHEN :settled THEN now() END,
                      callback_error = :error, callback_next_at = now() + :pause
-    WHERE task_id = :task_id
+    WHERE task_id = :task_id AND callback_tries = :tries AND callback_settled_at IS NULL
     """
 )
 

@@ -6,17 +6,17 @@ read raise through the consumer's loop, and Celery then ends its worker.
 
 from __future__ import annotations
 
-from queue import Empty
 from typing import Any
 
 from kombu.transport import TRANSPORT_ALIASES, redis
+from kombu.utils import json
 
 from sutazai import log
 
 _logger = log.get(__name__)
 
 
-class _Careful:
+class _CarefulChannel:
     """What both kinds of channel add to kombu's."""
 
     connection: Any
@@ -29,7 +29,7 @@ class _Careful:
         def receive(message: Any) -> Any:
             try:
                 return callback(message)
-            except self._faults:
+            except (*self.connection.connection_errors, *self.connection.channel_errors):
                 raise
             except Exception:
                 _logger.exception("dropped a message that cannot be handled", queue=queue)
@@ -39,39 +39,38 @@ class _Careful:
         kombu: Any = super()
         kombu.basic_consume(queue, no_ack, receive, *args, **more)
 
-    def _brpop_read(self, **options: Any) -> Any:
+
+class _CarefulTransport:
+    """What both kinds of transport add to kombu's."""
+
+    connection_errors: Any
+    channel_errors: Any
+
+    def _deliver(self, message: Any, queue: str) -> None:
         kombu: Any = super()
         try:
-            return kombu._brpop_read(**options)
-        except self._faults:
+            kombu._deliver(message, queue)
+        except (*self.connection_errors, *self.channel_errors):
             raise
         except Exception as error:
-            # It is off the queue already; what remains is to go on with the next one.
-            _logger.warning("dropped a message that cannot be read", why=repr(error)[:500])
-            return True
-
-    @property
-    def _faults(self) -> Any:
-        """What tells of the connection, and not of a message."""
-        transport = self.connection
-        return (Empty, *transport.connection_errors, *transport.channel_errors)
+            _logger.warning("dropped what is no message", queue=queue, why=repr(error)[:200])
 
 
-class _Channel(_Careful, redis.Channel):
+class _Channel(_CarefulChannel, redis.Channel):
     """A channel to Redis."""
 
 
-class _SentinelChannel(_Careful, redis.SentinelChannel):
+class _SentinelChannel(_CarefulChannel, redis.SentinelChannel):
     """A channel to a Redis that Sentinels watch over."""
 
 
-class Transport(redis.Transport):
+class Transport(_CarefulTransport, redis.Transport):
     """`redis://` and `rediss://`."""
 
     Channel = _Channel
 
 
-class SentinelTransport(redis.SentinelTransport):
+class SentinelTransport(_CarefulTransport, redis.SentinelTransport):
     """`sentinel://`."""
 
     Channel = _SentinelChannel
@@ -81,3 +80,14 @@ def install() -> None:
     """Let this process's Celery use these transports."""
     TRANSPORT_ALIASES["redis"] = TRANSPORT_ALIASES["rediss"] = f"{__name__}:Transport"
     TRANSPORT_ALIASES["sentinel"] = f"{__name__}:SentinelTransport"
+    # kombu has no other place between the socket and the message.
+    setattr(redis, "loads", _read)  # noqa: B010
+
+
+def _read(text: Any) -> Any:
+    """Read a message's JSON; what cannot be read is no message."""
+    loads: Any = json.loads
+    try:
+        return loads(text)
+    except Exception:
+        return text

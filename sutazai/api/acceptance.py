@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from sqlalchemy import Row
     from sqlalchemy.ext.asyncio import AsyncConnection
 
+STATE_WITHIN_S = 0.4
+"""Beside accepting, so that an answer about PostgreSQL's absence comes within 3 s."""
+
 BATCH_WITHIN_S = 30.0
 """For as many tasks as one request may hand over."""
 
@@ -72,7 +75,7 @@ async def answer_accepted(
     task_id = str(accepted.task_id)
     links = record.links(task_id)
     if state is None and not accepted.fresh:
-        row = await store.first(statements.result(accepted.task_id))
+        row = await store.first(statements.result(accepted.task_id), within_s=STATE_WITHIN_S)
         state = State(row.state) if row else None
     state = state or State.QUEUED
     position: int | None = 0

@@ -14,11 +14,15 @@ from sutazai.errors import DatabaseUnavailable
 
 FRESH_S = 1.0
 
+WITHIN_S = 0.3
+"""The task is accepted by then: an estimate is not worth more waiting."""
+
 
 @dataclass
 class _Count:
     at: float
-    ahead: int
+    ahead: int | None
+    """None: PostgreSQL did not say, and is not asked again while this is fresh."""
 
 
 class Positions:
@@ -33,17 +37,20 @@ class Positions:
         key = (agent, priority)
         async with self._locks[key]:
             count = self._counts.get(key)
-            if count is not None and time.monotonic() - count.at < FRESH_S:
-                count.ahead += 1
-            else:
-                try:
-                    ahead = await _count(task_id, agent, priority)
-                except DatabaseUnavailable:
-                    return None
+            if count is None or time.monotonic() - count.at >= FRESH_S:
+                ahead = await _count(task_id, agent, priority)
                 count = self._counts[key] = _Count(time.monotonic(), ahead)
-        return count.ahead if count.ahead <= statements.DEPTH_LIMIT else None
+            elif count.ahead is not None:
+                count.ahead += 1
+        known = count.ahead
+        return known if known is not None and known <= statements.DEPTH_LIMIT else None
 
 
-async def _count(task_id: UUID, agent: str, priority: int) -> int:
-    [row] = await store.rows(statements.queue_position(task_id, agent, priority))
-    return int(row[0])
+async def _count(task_id: UUID, agent: str, priority: int) -> int | None:
+    position = statements.queue_position(task_id, agent, priority)
+    try:
+        [row] = await store.rows(position, within_s=WITHIN_S)
+    except DatabaseUnavailable:
+        return None
+    ahead: int = row[0]
+    return ahead

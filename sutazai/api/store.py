@@ -33,9 +33,9 @@ async def rows(statement: Executable, *, within_s: float = WITHIN_S) -> Sequence
     return await _bounded(_again(lambda: db.async_run(statement), harmless=True), within_s)
 
 
-async def first(statement: Executable) -> Row[Any] | None:
+async def first(statement: Executable, *, within_s: float = WITHIN_S) -> Row[Any] | None:
     """Run one statement and return its first row, if it has one; else as `rows`."""
-    return next(iter(await rows(statement)), None)
+    return next(iter(await rows(statement, within_s=within_s)), None)
 
 
 async def run(work: Work[T], *, within_s: float = WITHIN_S, again: bool = False) -> T:

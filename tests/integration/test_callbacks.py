@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from uuid import UUID
 import pytest
 from sqlalchemy import text
 
-from sutazai import admission, callbacks, db, lifecycle
+from sutazai import admission, callbacks, db, lifecycle, statements
 from sutazai.agent import Agent
 from sutazai.callbacks import AT_ONCE, LEASE_S, TRIES, Courier
 from sutazai.errors import InvalidInput
@@ -443,3 +443,16 @@ def test_a_secret_in_base64_signs_with_what_it_means(receiver: Receiver, courier
     headers = callbacks.sign("task", b"{}", at=1)
     digest = hmac.new(SECRET.encode(), b"task.1.{}", hashlib.sha256).digest()
     assert headers["webhook-signature"] == f"v1,{base64.b64encode(digest).decode()}"
+
+
+def test_who_settles_after_another_has_delivered_changes_nothing(receiver: Receiver) -> None:
+    task_id = ended(receiver.url)
+    with db.transaction() as connection:
+        [late] = connection.execute(statements.take_callbacks(1, 0.0)).all()
+        [quick] = connection.execute(statements.take_callbacks(1, 60.0)).all()
+    for taken, settled in ((quick, True), (late, False)):
+        tried = (task_id, taken.callback_tries)
+        pause = timedelta(seconds=0)
+        db.run(statements.settle_callback(*tried, settled=settled, error=None, pause=pause))
+    with db.transaction() as connection:
+        assert connection.execute(statements.take_callbacks(1, 60.0)).all() == []

@@ -31,7 +31,12 @@ class Lines(BaseModel):
 @agent.action()
 def odd(params: NoParams, context: Context) -> NoParams:
     """Log fields with names that cannot be stored, or that are those of every line."""
-    context.log.info("odd", **{"a\0b": 1, "\ud800": 2, "at": "never", "level": "none"})
+    context.progress(float("nan"), "not a number")
+    context.log.info(
+        "odd",
+        event="a field of that name",
+        **{"a\0b": 1, "\ud800": 2, "at": "never", "level": "none"},
+    )
     return NoParams()
 
 
