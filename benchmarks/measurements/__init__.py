@@ -10,6 +10,7 @@ from benchmarks.measurements import (  # noqa: I001 - in the order in which they
     start,
     scrape,
     flower,
+    scale,
 )
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "drain",
     "flower",
     "idle",
+    "scale",
     "scrape",
     "start",
     "trip",
