@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import time
@@ -31,6 +32,13 @@ class Stores:
     def results_url(self) -> str:
         """Return another database of the same Valkey."""
         return self.broker_url.removesuffix("/0") + "/1"
+
+    @property
+    def superuser_url(self) -> str:
+        """Return the database's address for its superuser."""
+        known = json.loads((self.folder / "credentials.json").read_text())
+        address = self.database_url.split("@", 1)[1]
+        return f"postgresql://postgres:{known['superuser']}@{address}"
 
     @property
     def environment(self) -> dict[str, str]:
