@@ -10,13 +10,16 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import psycopg
+import redis
 
 from benchmarks.load import Request, fire, request
+from benchmarks.stores import superuser_url
 from sutazai.embedded import Supervisor
+from sutazai.settings import read_env_file
 from tests.acceptance.conftest import AGENTS, STORES, System, free_offset, start, stop
-from tests.faults.place import Place, until
 
 AGENT = "echo"
 PORT = 8192
@@ -46,8 +49,35 @@ class Drain:
         return (self.tasks - 1) / self.working_s
 
 
-class Site(Place):
+@dataclass(frozen=True)
+class Site:
     """A running system, and what measurements do with it."""
+
+    system: System
+
+    @property
+    def env(self) -> dict[str, str]:
+        """The addresses of the stores."""
+        return dict(read_env_file(self.system.home / "env"))
+
+    def database(self, *, superuser: bool = False) -> psycopg.Connection[Any]:
+        """Connect to PostgreSQL, committing each statement."""
+        url = self.env["SUTAZAI_DATABASE_URL"]
+        return psycopg.connect(
+            superuser_url(self.system.home, url) if superuser else url, autocommit=True
+        )
+
+    def broker(self) -> redis.Redis:
+        """Return a client of the broker."""
+        return redis.Redis.from_url(self.env["SUTAZAI_BROKER_URL"])
+
+    def is_whole(self) -> bool:
+        """Whether the agent is healthy."""
+        try:
+            answer = self.system.client.get(f"{self.url}/health")
+        except httpx.HTTPError:
+            return False
+        return answer.status_code == 200 and bool(answer.json()["status"] == "healthy")
 
     @property
     def url(self) -> str:
@@ -73,7 +103,7 @@ class Site(Place):
         """Return a request to accept a thousand tasks."""
         return request("POST", f"{self.url}/tasks/batch", [{"action": AGENT}] * BATCH)
 
-    def post(self, path: str) -> None:  # type: ignore[override]
+    def post(self, path: str) -> None:
         """Operate the front, as `POST /queue/pause` does."""
         self.system.client.post(f"{self.url}{path}").raise_for_status()
 
@@ -86,7 +116,7 @@ class Site(Place):
             yield
         finally:
             supervisor.start(WORKER)
-            until(self.is_whole, 60, "the agent is healthy again")
+            pause_until(self.is_whole, 60, "the agent is healthy again")
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -134,10 +164,9 @@ class Site(Place):
             connection.execute("TRUNCATE tasks, attempts, task_events")
         self.broker().flushall()
 
-    def processes(self) -> list[psutil.Process]:
-        """Return every process of the system."""
-        root = psutil.Process(self.system.process.pid)
-        return [root, *root.children(recursive=True)]
+    def front(self) -> psutil.Process:
+        """Return the process of the fronts."""
+        return self.system.program("front")
 
 
 _ANY_QUEUED = """

@@ -36,9 +36,7 @@ class Stores:
     @property
     def superuser_url(self) -> str:
         """Return the database's address for its superuser."""
-        known = json.loads((self.folder / "credentials.json").read_text())
-        address = self.database_url.split("@", 1)[1]
-        return f"postgresql://postgres:{known['superuser']}@{address}"
+        return superuser_url(self.folder, self.database_url)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -84,6 +82,12 @@ class Stores:
             yield process
         finally:
             end_group(process)
+
+
+def superuser_url(home: Path, url: str) -> str:
+    """Return a database's address for the superuser of a home's PostgreSQL."""
+    known = json.loads((home / "credentials.json").read_text())
+    return f"postgresql://postgres:{known['superuser']}@{url.split('@', 1)[1]}"
 
 
 def end_group(process: subprocess.Popen[bytes], within_s: float = 15.0) -> None:

@@ -78,7 +78,7 @@ def waiters(run: Run) -> Finding:
 
 def _wait(site: Site, count: int) -> _Waited:
     fire(site.trip_request(), 4, total=50).require("200")
-    front = site.process("front")
+    front = site.front()
     before, threads = proportional_mib([front]), front.num_threads()
     with ThreadPoolExecutor(1) as pool:
         with site.paused(), site.database() as connection:
