@@ -14,9 +14,10 @@ from types import FrameType
 
 import benchmarks.measurements  # noqa: F401 - registers them
 from benchmarks.limits import raise_open_files
+from benchmarks.machine import sync_ms
 from benchmarks.measurement import Finding, Measurement, Run, registered
 from benchmarks.plots import draw
-from benchmarks.report import peers, report, section, targets
+from benchmarks.report import Place, peers, report, section, targets
 from benchmarks.stores import stores
 
 REPORT = Path(__file__).parent / "results.md"
@@ -37,10 +38,9 @@ def main(arguments: Sequence[str]) -> int:
     found: dict[str, Finding] = {}
     faults: dict[str, str] = {}
     wanted = [known[name] for name in known if not options.only or name in options.only]
-    servers: list[str] = []
     try:
         with stores(folder) as own:
-            servers += own.versions
+            place = Place(own.versions, sync_ms(folder))
         for each in wanted:
             run = Run(options.rounds, options.quick, folder, lambda line: _say(f"    {line}"))
             _measure(each, run, found, faults)
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.only or options.quick:
         _print(found, known)
     else:
-        REPORT.write_text(report(found, faults, known, options.rounds, servers))
+        REPORT.write_text(report(found, faults, known, options.rounds, place))
         for finding in found.values():
             for chart in finding.charts:
                 draw(chart, REPORT.parent)

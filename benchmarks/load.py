@@ -129,6 +129,10 @@ class _Volley:
         self.left -= 1
         return self.left >= 0
 
+    def lose_one(self) -> None:
+        self.answers.lost += 1
+        self.finish_one()
+
     def finish_one(self) -> None:
         self.open -= 1
         if self.open == 0 and not self.done.done():
@@ -151,8 +155,11 @@ class _Client(asyncio.Protocol):
 
     def send(self) -> None:
         """Send the next request, if there is to be one."""
-        self._is_waiting = self._transport is not None and self._volley.may_send()
-        if not self._is_waiting or self._transport is None:
+        if self._transport is None:
+            self._volley.lose_one()
+            return
+        self._is_waiting = self._volley.may_send()
+        if not self._is_waiting:
             self._volley.finish_one()
             return
         self._sent_at = time.perf_counter()
@@ -175,8 +182,7 @@ class _Client(asyncio.Protocol):
         self._transport = None
         if self._is_waiting:
             self._is_waiting = False
-            self._volley.answers.lost += 1
-            self._volley.finish_one()
+            self._volley.lose_one()
 
     def close(self) -> None:
         """End the connection."""

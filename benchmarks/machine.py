@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
+import statistics
+import tempfile
+import time
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -29,6 +33,19 @@ def machine() -> str:
     memory_gib = psutil.virtual_memory().total / 2**30
     system = f"{platform.system()} {platform.release()}"
     return f"{processor()}, {cores} cores, {memory_gib:.0f} GiB of memory, {system}"
+
+
+def sync_ms(folder: Path, times: int = 100) -> float:
+    """Return how long the disk takes to keep one page: what a durable commit waits for."""
+    took = []
+    with tempfile.TemporaryFile(dir=folder) as file:
+        for _ in range(times):
+            file.write(bytes(8192))
+            file.flush()
+            began = time.perf_counter()
+            os.fsync(file.fileno())
+            took.append(1000 * (time.perf_counter() - began))
+    return statistics.median(took)
 
 
 def packages() -> Iterator[str]:

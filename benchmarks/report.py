@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from benchmarks.machine import machine, packages
@@ -21,12 +22,20 @@ from benchmarks.measurement import (
 NOTHING = "–"
 
 
+@dataclass(frozen=True)
+class Place:
+    """What the measurements ran on, beside the machine and the packages."""
+
+    servers: Sequence[str]
+    sync_ms: float
+
+
 def report(
     found: Mapping[str, Finding],
     faults: Mapping[str, str],
     known: Mapping[str, Measurement],
     rounds: int,
-    servers: Sequence[str],
+    place: Place,
 ) -> str:
     """Return benchmarks/results.md."""
     lines = [
@@ -37,9 +46,9 @@ def report(
         "baseline are measured one after the other, so that a drift of the machine hits both. "
         "Absolute figures belong to this machine; ratios are what to compare.",
         "",
-        f"Machine: {machine()}.",
+        f"Machine: {machine()}; its disk keeps a page of 8 KiB in {number(place.sync_ms)} ms.",
         "",
-        f"Versions: {', '.join([*servers, *packages()])}.",
+        f"Versions: {', '.join([*place.servers, *packages()])}.",
         "",
         "## Targets",
         "",
