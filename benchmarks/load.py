@@ -13,6 +13,7 @@ import re
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
@@ -22,6 +23,8 @@ import uvloop
 
 _LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 _END = b"\r\n\r\n"
+_WAVE = 100
+"""Connections are made so many at a time: no more than a listener's backlog takes."""
 
 
 @dataclass(frozen=True)
@@ -76,34 +79,58 @@ class Answers:
 
 
 def fire(
-    wanted: Request, connections: int, *, total: int | None = None, seconds: float = 3600.0
+    wanted: Request,
+    connections: int,
+    *,
+    total: int | None = None,
+    seconds: float = 3600.0,
+    arrivals_per_s: float | None = None,
 ) -> Answers:
-    """Send a request again and again until `total` answers have come, or for so many seconds."""
+    """Send a request again and again until `total` answers have come, or for so many seconds.
+
+    With `arrivals_per_s`, connections come one after the other and send at once; without, all of
+    them begin together.
+    """
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_fire(wanted, connections, total, seconds))
+        loop = runner.get_loop()
+        volley = _Volley(wanted.raw, total, loop.create_future(), open=connections)
+        return runner.run(_fire(wanted, volley, connections, seconds, arrivals_per_s))
 
 
-async def _fire(wanted: Request, connections: int, total: int | None, seconds: float) -> Answers:
+async def _fire(
+    wanted: Request,
+    volley: _Volley,
+    connections: int,
+    seconds: float,
+    arrivals_per_s: float | None,
+) -> Answers:
     loop = asyncio.get_running_loop()
-    volley = _Volley(wanted.raw, total, loop.create_future())
     clients = [_Client(volley) for _ in range(connections)]
-    for start in range(0, connections, 100):  # no more at once than a listener's backlog takes
-        await asyncio.gather(
-            *(
-                loop.create_connection(partial(_itself, client), wanted.host, wanted.port)
-                for client in clients[start : start + 100]
-            )
-        )
     began = time.perf_counter()
-    volley.until = began + seconds
-    volley.open = connections
-    for client in clients:
-        client.send()
+    for start in range(0, connections, _WAVE):
+        wave = clients[start : start + _WAVE]
+        connecting = (
+            loop.create_connection(partial(_itself, client), wanted.host, wanted.port)
+            for client in wave
+        )
+        await asyncio.gather(*connecting)
+        if arrivals_per_s is not None:
+            _send(volley, wave, began + seconds)
+            await asyncio.sleep(began + (start + _WAVE) / arrivals_per_s - time.perf_counter())
+    if arrivals_per_s is None:
+        began = time.perf_counter()
+        _send(volley, clients, began + seconds)
     await volley.done
     volley.answers.seconds = time.perf_counter() - began
     for client in clients:
         client.close()
     return volley.answers
+
+
+def _send(volley: _Volley, clients: Sequence[_Client], until: float) -> None:
+    volley.until = until
+    for client in clients:
+        client.send()
 
 
 def _itself(client: _Client) -> _Client:

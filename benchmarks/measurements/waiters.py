@@ -33,6 +33,9 @@ MANY = Target(
 THREADS = Target("waiters: threads that 10,000 add to the front", first=at_most(0), then=at_most(0))
 
 
+ARRIVALS_PER_S = 500.0
+
+
 class _Waited(NamedTuple):
     """One round."""
 
@@ -49,9 +52,9 @@ class _Waited(NamedTuple):
 def waiters(run: Run) -> Finding:
     """Let clients send `POST /process` and wait, each on its connection, on a paused queue.
 
-    When every task is there, the front's proportional set size and threads are read; then the
-    queue is resumed, and every client must get its result. Each round has a system of its own: the
-    allocator does not give all memory back.
+    They come at 500 a second. When every task is there, the front's proportional set size and
+    threads are read; then the queue is resumed, and every client must get its result. Each round
+    has a system of its own: the allocator does not give all memory back.
     """
     few, many = run.size(1000, 100), run.size(10_000, 500)
     found: dict[int, list[_Waited]] = {few: [], many: []}
@@ -82,7 +85,9 @@ def _wait(site: Site, count: int) -> _Waited:
     before, threads = proportional_mib([front]), front.num_threads()
     with ThreadPoolExecutor(1) as pool:
         with site.paused(), site.database() as connection:
-            answers = pool.submit(fire, site.trip_request(300), count, total=count)
+            answers = pool.submit(
+                fire, site.trip_request(300), count, total=count, arrivals_per_s=ARRIVALS_PER_S
+            )
 
             def all_wait() -> bool:
                 if answers.done():
