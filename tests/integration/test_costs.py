@@ -97,8 +97,8 @@ _ENTRY = re.compile(r"^\S+ \S+ UTC \[(\d+)\] (\w+):  (.*(?:\n\t.*)*)", re.MULTIL
 _STATEMENT = re.compile(r"(?:statement|execute [^:]+): ((?:.|\n)*)")
 
 
-_NOT_OF_TASKS = {"AUTH", "CLIENT", "HELLO", "PING", "SELECT", "LLEN", "HGETALL", "HSET"}
-"""Commands of new connections, of heartbeats, and of what is measured once a second."""
+_NOT_OF_TASKS = {"AUTH", "CLIENT", "HELLO", "PING", "SELECT", "LLEN", "HGETALL"}
+"""Commands of new connections, and of what is measured once a second."""
 
 
 @dataclass
@@ -219,7 +219,8 @@ def test_a_task_costs_four_statements_two_redis_commands_and_no_transaction_of_s
     # A notice is fetched by one command; without notices one is sent a second.
     assert TASKS <= names["BRPOP"] <= TASKS + took_s + 2
     # Celery's own bookkeeping of unacknowledged messages would need more of them.
-    assert set(names) - _NOT_OF_TASKS == {"LPUSH", "BRPOP", "PUBLISH"}
+    often = {name for name, count in names.items() if count >= TASKS}
+    assert often - _NOT_OF_TASKS == {"LPUSH", "BRPOP", "PUBLISH"}
 
 
 def test_a_task_that_nobody_waits_for_costs_no_more(place: Place) -> None:
