@@ -208,10 +208,10 @@ def test_a_task_costs_four_statements_two_redis_commands_and_no_transaction_of_s
     took_s = time.monotonic() - began
     statements = log.statements()
     for task_id in task_ids:
-        own = [each for each in statements if task_id in each.parameters + each.sql]
-        verbs = [each.verb for each in own if each.verb not in _BY_TIME]
+        named = [each for each in statements if task_id in each.parameters + each.sql]
+        own = [each for each in named if each.verb not in _BY_TIME]
         # The read may overtake nothing: it follows the signal, which follows the outcome.
-        assert verbs == ["accept", "claim", "finish", "read"]
+        assert [each.verb for each in own] == ["accept", "claim", "finish", "read"]
         # Each commits by itself, and of these only accept and finish wait for the disk.
         assert not [each.sql for each in own if each.in_transaction]
         assert sorted(commands.names(task_id)) == ["LPUSH", "PUBLISH"]
