@@ -4,10 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN_STAMP := $(VENV)/.run
 DEV_STAMP := $(VENV)/.dev
+BENCH_STAMP := $(VENV)/.bench
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help up test fault check format lock clean
+.PHONY: help up test bench fault check format lock clean
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -17,6 +18,9 @@ up: $(RUN_STAMP) ## Install what is needed and start the whole system (ARGS="--p
 
 test: $(DEV_STAMP) ## Run the whole test suite on private servers (ARGS="-k name")
 	$(BIN)/pytest $(ARGS)
+
+bench: $(BENCH_STAMP) ## Measure it beside other task systems, write benchmarks/results.md (ARGS="--only drain --quick")
+	@$(BIN)/python -m benchmarks $(ARGS)
 
 fault: $(DEV_STAMP) ## Inject every fault many times, write docs/faults.md (ARGS="--runs 5 --seconds 10 --jobs 2 --only broker")
 	$(BIN)/python -m tests.faults $(ARGS)
@@ -52,3 +56,8 @@ $(DEV_STAMP): deploy/requirements-dev.txt pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --require-hashes -r deploy/requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@ $(RUN_STAMP)
+
+# What is only compared with is not locked.
+$(BENCH_STAMP): $(DEV_STAMP)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[bench]'
+	touch $@

@@ -130,18 +130,26 @@ def start(home: Path, offset: int, *arguments: str, **extra_env: str) -> System:
         start_new_session=True,
     )
     env["SUTAZAI_PORT_OFFSET"] = str(offset)
+    try:
+        _await_table(process, home)
+    except BaseException:
+        process.send_signal(signal.SIGINT)  # whoever was interrupted cannot stop it any more
+        process.wait(60)
+        raise
+    return System(home, offset, env, process, httpx.Client(timeout=60))
+
+
+def _await_table(process: subprocess.Popen[str], home: Path) -> None:
     printed = []
     assert process.stdout
     for line in process.stdout:
         printed.append(line)
         if line.startswith("Started in"):
-            break
-    else:
-        logs = "\n".join(
-            f"== {log.name}\n{log.read_text()[-1500:]}" for log in (home / "log").glob("*.log")
-        )
-        raise AssertionError(f"up ended with {process.wait()}: {''.join(printed)}\n{logs}")
-    return System(home, offset, env, process, httpx.Client(timeout=60))
+            return
+    logs = "\n".join(
+        f"== {log.name}\n{log.read_text()[-1500:]}" for log in (home / "log").glob("*.log")
+    )
+    raise AssertionError(f"up ended with {process.wait()}: {''.join(printed)}\n{logs}")
 
 
 def stop(system: System) -> int:

@@ -9,6 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "sutazai"
 MODULES = sorted(PACKAGE.rglob("*.py"))
+BENCHMARKS = sorted((ROOT / "benchmarks").rglob("*.py"))
 
 
 def _name(path: Path) -> str:
@@ -66,12 +67,12 @@ def test_only_settings_reads_the_environment() -> None:
     assert readers <= allowed
 
 
-@pytest.mark.parametrize("path", MODULES, ids=_name)
+@pytest.mark.parametrize("path", [*MODULES, *BENCHMARKS], ids=_name)
 def test_every_module_says_what_it_is_for(path: Path) -> None:
     assert ast.get_docstring(ast.parse(path.read_text())), f"{_name(path)} has no docstring"
 
 
-@pytest.mark.parametrize("path", MODULES, ids=_name)
+@pytest.mark.parametrize("path", [*MODULES, *BENCHMARKS], ids=_name)
 def test_modules_stay_short_enough_to_be_read(path: Path) -> None:
     if path.name != "statements.py":  # all SQL in one place is worth one long file
         assert len(path.read_text().splitlines()) <= 520

@@ -1,0 +1,1 @@
+"""Measures the product and its peers on this machine: `make bench`."""

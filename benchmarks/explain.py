@@ -1,0 +1,267 @@
+"""Shows how PostgreSQL carries out what runs often, on a large table; writes docs/statements.md."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+from uuid import UUID, uuid4
+
+import psycopg
+from sqlalchemy import Executable, create_engine, event
+
+from benchmarks.filling import fill_backlog, fill_history
+from benchmarks.machine import machine
+from benchmarks.place import AGENT
+from benchmarks.stores import Stores, stores
+from sutazai import db, migration, statements
+from sutazai.models import new_id
+from sutazai.settings import override
+from sutazai.state import Outcome, State
+
+REPORT = Path(__file__).parents[1] / "docs" / "statements.md"
+WORKER_ID = UUID("00000000-0000-7000-8000-000000000002")
+RUNNING = 100
+OTHERS = ("other", "idle")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Rows of the table that statements are tried on."""
+
+    queued: UUID
+    running: UUID
+    claim_id: UUID
+    ended: UUID
+    since: datetime
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Fill a database of its own, explain every statement, and write the report."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.explain", description=__doc__)
+    parser.add_argument("--rows", type=int, default=10_000_000, help="ended tasks")
+    parser.add_argument("--backlog", type=int, default=1_000_000, help="tasks that wait")
+    parser.add_argument("--print", action="store_true", help="print it, and write nothing")
+    options = parser.parse_args(arguments)
+    folder = Path(tempfile.mkdtemp(prefix="sutazai-explain-", dir="/tmp"))
+    folder.chmod(0o755)
+    try:
+        with stores(folder) as own:
+            text = "\n".join(_report(own, options.rows, options.backlog)) + "\n"
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    if options.print:
+        _say(text)
+    else:
+        REPORT.write_text(text)
+        _say(f"Wrote {REPORT}.")
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def _report(own: Stores, rows: int, backlog: int) -> Iterator[str]:
+    override(home=str(own.folder), database_url=own.database_url, broker_url=own.broker_url)
+    migration.migrate()
+    with psycopg.connect(own.superuser_url, autocommit=True) as connection:
+        fill_history(connection, 0, rows, _say)
+        fill_backlog(connection, backlog)
+        sample = _prepare(connection)
+    explained = {name: _explain(made) for name, made in _wanted(sample).items()}
+    yield "# How the statements are carried out"
+    yield ""
+    yield (
+        f"`python -m benchmarks.explain` on {datetime.now(UTC):%Y-%m-%d}: {rows:,} ended tasks "
+        f"with their attempts, {backlog:,} queued ones of all priorities, {RUNNING} running. "
+        f"{', '.join(own.versions)} with the settings of `sutazai up`; {machine()}. Every "
+        "statement ran twice and was rolled back; the second plan stands here, so what it reads "
+        "is in memory mostly."
+    )
+    yield ""
+    yield "| statement | time | pages | reads tables by |"
+    yield "|---|---|---|---|"
+    for name, plan in explained.items():
+        yield f"| [`{name}`](#{_anchor(name)}) | {_time(plan)} | {_pages(plan)} | {_scans(plan)} |"
+    for name, plan in explained.items():
+        yield ""
+        yield f"## {name}"
+        yield ""
+        yield "```"
+        yield from plan
+        yield "```"
+
+
+def _prepare(connection: psycopg.Connection[Any]) -> Sample:
+    """Let some tasks run, one of them known, and return what the statements are tried on."""
+    connection.execute(_ENLIST, {"id": WORKER_ID, "agent": AGENT})
+    connection.execute(_LET_RUN, {"id": WORKER_ID, "agent": AGENT, "count": RUNNING})
+    connection.execute(_LET_RING, {"agent": AGENT, "count": 1000})
+    connection.execute("VACUUM (ANALYZE) tasks")
+    found = [connection.execute(query).fetchone() for query in (_ONE_QUEUED, _ONE_RUNNING)]
+    ended = connection.execute(_ONE_ENDED).fetchone()
+    assert found[0]
+    assert found[1]
+    assert ended
+    return Sample(found[0][0], found[1][0], found[1][1], ended[0], ended[1])
+
+
+_ENLIST = """
+    INSERT INTO workers (worker_id, name, agent, host, pid, boot_id, pid_namespace,
+                         process_started_at, slots)
+    VALUES (%(id)s, %(agent)s || '@host', %(agent)s, 'host', 1, 'boot', 'namespace', 0, 2)
+"""
+_LET_RUN = """
+    UPDATE tasks SET state = 'running', attempt = 1, claim_id = gen_random_uuid(),
+        worker = %(agent)s || '@host', worker_id = %(id)s, started_at = now(), next_ring_at = NULL,
+        lease_expires_at = now() + interval '30 s'
+    WHERE task_id IN (SELECT task_id FROM tasks WHERE agent = %(agent)s AND state = 'queued'
+                      AND rings = 0 ORDER BY priority DESC, task_id LIMIT %(count)s)
+"""
+_LET_RING = """
+    UPDATE tasks SET rings = 1, next_ring_at = now() + interval '15 s'
+    WHERE task_id IN (SELECT task_id FROM tasks WHERE agent = %(agent)s AND state = 'queued'
+                      AND rings = 0 ORDER BY priority DESC, task_id LIMIT %(count)s)
+"""
+_ONE_QUEUED = "SELECT task_id FROM tasks WHERE state = 'queued' AND rings > 0 LIMIT 1"
+_ONE_RUNNING = "SELECT task_id, claim_id FROM tasks WHERE state = 'running' LIMIT 1"
+_ONE_ENDED = """
+    SELECT task_id, finished_at FROM tasks WHERE finished_at IS NOT NULL
+    ORDER BY finished_at DESC OFFSET 1000 LIMIT 1
+"""
+
+
+def _row(task_id: UUID) -> dict[str, Any]:
+    return {
+        "task_id": task_id,
+        "agent": AGENT,
+        "action": "echo",
+        "params": {"number": 1},
+        "priority": 5,
+        "max_attempts": 1,
+        "time_limit_s": 60.0,
+        "rerun_after_crash": True,
+        "source": "api",
+    }
+
+
+def _wanted(sample: Sample) -> Mapping[str, Executable]:
+    """Return what fronts, workers and relays run often, by name."""
+    attempt = (sample.running, sample.claim_id)
+    claimant: dict[str, Any] = {
+        "agent": AGENT,
+        "action": "echo",
+        "claim_id": uuid4(),
+        "worker": f"{AGENT}@host",
+        "worker_id": WORKER_ID,
+        "host": "host",
+    }
+    page: dict[str, Any] = {"limit": 50, "agent": AGENT}
+    return {
+        "accept": statements.accept(_row(new_id()), rung=True),
+        "accept_many of 100": statements.accept_many([_row(new_id()) for _ in range(100)]),
+        "admission with a limit": statements.admission(AGENT, 10_000),
+        "queue_position": statements.queue_position(new_id(), AGENT, 5),
+        "claim": statements.claim(sample.queued, **claimant),
+        "unclaimed": statements.unclaimed(sample.queued, WORKER_ID),
+        "extend": statements.extend([attempt]),
+        "finish": statements.finish(
+            *attempt, State.SUCCEEDED, Outcome.SUCCEEDED, result={"number": 1}
+        ),
+        "result": statements.result(sample.ended),
+        "task": statements.task(sample.ended),
+        "ended of 1,000": statements.ended([new_id() for _ in range(999)] + [sample.ended]),
+        "followed": statements.followed(sample.running, 0, 100),
+        "tasks_page": statements.tasks_page(**page),
+        "tasks_page of all agents": statements.tasks_page(limit=50),
+        "tasks_page before a cursor": statements.tasks_page(**page, before=sample.ended),
+        "tasks_page of failed ones": statements.tasks_page(**page, states=["failed"]),
+        "tasks_page of running ones": statements.tasks_page(**page, states=["running"]),
+        "tasks_page of cancelled ones": statements.tasks_page(**page, states=["cancelled"]),
+        "tasks_page of an action": statements.tasks_page(**page, action="describe"),
+        "tasks_page of a label": statements.tasks_page(**page, labels={"colour": "red"}),
+        "tasks_page of a day": statements.tasks_page(
+            **page, since=sample.since - timedelta(days=11), until=sample.since - timedelta(days=10)
+        ),
+        "tasks_page of a parent": statements.tasks_page(limit=50, parent_id=sample.ended),
+        "status": statements.status([AGENT, *OTHERS]),
+        "activity": statements.activity(60.0),
+        "claimable": statements.claimable(AGENT, "host", WORKER_ID, 60.0),
+        "busy_agents": statements.busy_agents(),
+        "become_due": statements.become_due(1000),
+        "wake_keys": statements.wake_keys(),
+        "ring_unrung of 100": statements.ring_unrung(AGENT, 100),
+        "ring_overdue": statements.ring_overdue(AGENT, 1000, queue_empty=False),
+        "ring_overdue on an empty queue": statements.ring_overdue(AGENT, 1000, queue_empty=True),
+        "ring_again of an agent": statements.ring_again(AGENT),
+        "past_deadline": statements.past_deadline(500),
+        "lease_expired": statements.lease_expired(1000),
+        "prune": statements.prune(after_s=30 * 86_400.0, scheduled=False, limit=1000),
+        "prune of scheduled ones": statements.prune(after_s=86_400.0, scheduled=True, limit=1000),
+        "prune of 1,000": statements.prune(after_s=86_400.0, scheduled=False, limit=1000),
+        "prune_concurrency_keys": statements.prune_concurrency_keys(1000),
+        "take_callbacks": statements.take_callbacks(10, 30.0),
+        "beat": statements.beat(WORKER_ID, {"running": 1}, claims=10),
+        "serve": statements.serve("relay", "here"),
+    }
+
+
+def _explain(wanted: Executable) -> list[str]:
+    """Return the plan of a statement as it ran the second time."""
+    plan: list[str] = []
+    engine = create_engine(db.url())
+
+    @event.listens_for(engine, "before_cursor_execute")
+    def explain(connection: Any, cursor: Any, statement: str, parameters: Any, *more: Any) -> None:
+        # As the driver gets it: the parameters are converted by now.
+        for _ in range(2):
+            cursor.execute("SAVEPOINT untouched")
+            cursor.execute(f"EXPLAIN (ANALYZE, BUFFERS) {statement}", parameters)
+            plan[:] = [row[0] for row in cursor.fetchall()]
+            cursor.execute("ROLLBACK TO untouched")
+
+    with engine.connect() as connection:
+        connection.execute(wanted)
+        connection.rollback()
+    engine.dispose()
+    return plan
+
+
+def _anchor(name: str) -> str:
+    return re.sub(r"[^\w -]", "", name).replace(" ", "-").lower()
+
+
+def _time(plan: Sequence[str]) -> str:
+    [found] = [line for line in plan if line.startswith("Execution Time")]
+    return found.removeprefix("Execution Time: ")
+
+
+def _pages(plan: Sequence[str]) -> int:
+    """Return how many pages the whole statement has looked at: those of its outermost node."""
+    line = next((line for line in plan if line.lstrip().startswith("Buffers: shared")), "")
+    return sum(int(pages) for pages in re.findall(r"(?:hit|read)=(\d+)", line))
+
+
+def _scans(plan: Sequence[str]) -> str:
+    """Name the ways into tables, whole reads of the large one first."""
+    seen: dict[str, None] = {}
+    for line in plan:
+        if "never executed" in line:
+            continue
+        if whole := re.search(r"Seq Scan on (tasks|attempts)\b", line):
+            seen[f"**all of {whole[1]}**"] = None
+        elif index := re.search(r"(?:using|Index Scan on) ((?:tasks|attempts)_\w+)", line):
+            seen[index[1]] = None
+    return ", ".join(sorted(seen)) or "–"
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
