@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from typing import Any
+from uuid import uuid4
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -84,7 +85,8 @@ class Protocol(HttpToolsProtocol):
             self._arm()
 
     def _refuse(self, status: int, code: str, message: str) -> None:
-        answer: Any = error_answer(status, code, message, headers={"Connection": "close"})
+        headers = {"Connection": "close", "X-Request-ID": uuid4().hex}
+        answer: Any = error_answer(status, code, message, headers=headers)
         lines = [b"HTTP/1.1 %d Refused\r\n" % status]
         lines += [name + b": " + value + b"\r\n" for name, value in answer.raw_headers]
         self.transport.write(b"".join([*lines, b"\r\n", answer.body]))
