@@ -343,8 +343,14 @@ class KeeperStep(bootsteps.StartStopStep):  # type: ignore[misc]
         )
         keeper.start()
 
-    def stop(self, _: Any) -> None:
-        """Go on watching: the pool, which stops after this step, still runs its tasks."""
+    def stop(self, parent: Any) -> None:
+        """Go on watching: the pool, which stops after this step, still runs its tasks.
+
+        A pool whose worker has failed may never stop: a loop that is broken hears nothing of it.
+        """
+        keeper: Keeper | None = _state.get("keeper")
+        if keeper is not None and parent.exitcode:
+            keeper.give_up()
 
     terminate = stop
 

@@ -263,6 +263,11 @@ class Keeper(threading.Thread):
         self._drain_at = time.monotonic() + DRAIN_S
         self._wake()
 
+    def give_up(self) -> None:
+        """End the process at once: its main thread has failed. What it runs is put back."""
+        self._end_at = time.monotonic()
+        self._wake()
+
     def stop(self) -> None:
         """Record that the worker stops, and end the thread."""
         self._stop_requested.set()

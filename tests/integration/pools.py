@@ -49,6 +49,14 @@ def hang(state: Any, **_: Any) -> None:
         time.sleep(1)
 
 
+@Panel.register(name="fail", type="control", help="Break the loop of the worker's main thread.")
+def fail(state: Any, **_: Any) -> None:
+    def broken() -> None:
+        raise ValueError("broken")
+
+    state.consumer.hub.call_soon(broken)
+
+
 if __name__ == "__main__":
     # Tests need not take the minutes that a deployed worker is given.
     keeper.STUCK_S, keeper.STUCK_CHECK_S = 2.0, 0.5

@@ -168,3 +168,20 @@ def test_a_worker_whose_main_thread_hangs_ends_itself_and_its_task_runs_on_the_n
     start(pools.prefork)
     rung_until(relay, lambda: row(task_id).state == "succeeded")
     assert outcomes(task_id) == ["succeeded"]
+
+
+def test_a_worker_whose_main_thread_fails_ends_at_once_and_puts_back_what_it_runs(
+    start: Start, relay: Relay
+) -> None:
+    from sutazai.celery import app
+
+    failed = start(pools.prefork)
+    task_id = accept(pools.prefork, "nap", seconds=50)
+    rung_until(relay, lambda: row(task_id).state == "running")
+    app.control.broadcast("fail")
+    until(lambda: failed.poll() is not None, 5)
+    assert row(task_id).state == "queued"
+    start(pools.prefork)
+    rung_until(relay, lambda: row(task_id).state == "succeeded")
+    assert outcomes(task_id) == ["released", "succeeded"]
+    assert charges(task_id) == (0, 0)
