@@ -174,6 +174,16 @@ def test_a_stale_attempt_never_overwrites() -> None:
     current, row = claim(task_id)
     assert row.attempt == 2
     assert not finish(task_id, stale, State.FAILED)
+    lines = [{"event": "late"}]
+    for late in (
+        statements.progress(task_id, stale, 0.5, "late"),
+        statements.tell_lines(task_id, stale, lines),
+        statements.extend([(task_id, stale)]),
+        statements.requeue(task_id, stale, Outcome.RELEASED),
+        statements.wait_for_child(task_id, stale, new_id()),
+    ):
+        assert not db.run(late)
+    assert (read(task_id).progress, read(task_id).state) == (None, "running")
     assert finish(task_id, current)
     assert read(task_id).state == "succeeded"
     assert outcomes(task_id) == ["lost", "succeeded"]

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import pytest
 from sqlalchemy import Executable, text
@@ -88,6 +88,24 @@ def test_a_claim_whose_answer_was_lost_is_still_ours(answer_lost: Any) -> None:
     answer_lost(statements.claim)
     worker.perform(site(), work, task_id)
     assert (row(task_id).state, row(task_id).attempt) == ("succeeded", 1)
+
+
+def test_a_task_that_another_worker_claimed_during_the_outage_is_not_ours(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    task_id = accept(work)
+    reached = worker._try_claim
+
+    def claim(action: Any, claimed_id: UUID, claimant: Any) -> Any:
+        monkeypatch.setattr(worker, "_try_claim", reached)
+        other = {**claimant, "claim_id": uuid4(), "worker": "tester@there"}
+        assert reached(action, claimed_id, other) is not None
+        raise DatabaseUnavailable("The connection was lost before the claim was sent.")
+
+    monkeypatch.setattr(worker, "_try_claim", claim)
+    with pytest.raises(worker.NotClaimed):
+        worker.perform(site(), work, task_id)
+    assert db.run(text("SELECT worker FROM tasks"))[0].worker == "tester@there"
 
 
 def test_a_claim_under_a_key_whose_answer_was_lost_is_still_ours(
