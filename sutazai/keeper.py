@@ -48,6 +48,10 @@ CANCEL_GRACE_S = 10.0
 DRAIN_S = 25.0
 """How long running tasks may go on after the worker was asked to stop."""
 
+DRAINED_S = 2.0
+"""A worker that drains and runs nothing any more is given so long: Celery's pool may wait for what
+never comes."""
+
 STUCK_S = 60.0
 """A worker with free slots that claims nothing for so long, though it could, restarts itself."""
 
@@ -234,6 +238,7 @@ class Keeper(threading.Thread):
         self._stop_requested = threading.Event()
         self._wake_reader, self._wake_writer = os.pipe()
         self._drain_at: float | None = None
+        self._told_at = 0.0
         self._end_at: float | None = None
         self._registered_at = 0.0
         self._claimed_at = self._stuck_checked_at = time.monotonic()
@@ -260,7 +265,8 @@ class Keeper(threading.Thread):
 
     def drain(self) -> None:
         """Bound the time that running tasks may take from now on."""
-        self._drain_at = time.monotonic() + DRAIN_S
+        self._told_at = time.monotonic()
+        self._drain_at = self._told_at + DRAIN_S
         self._wake()
 
     def give_up(self) -> None:
@@ -302,7 +308,7 @@ class Keeper(threading.Thread):
                 if now >= extend_at and self._running:
                     extend_at = now + HEARTBEAT_S
                     self._extend(now)
-                if self._drain_at and now >= self._drain_at:
+                if self._drain_at and (now >= self._drain_at or self._is_drained(now)):
                     self._end_drain()
                 if self._end_at and now >= self._end_at:
                     self._end_process()
@@ -324,6 +330,8 @@ class Keeper(threading.Thread):
         woken: list[int] = []
         if not self._running:
             idle_s = max(0.0, beat_at - time.monotonic())
+            if self._drain_at:
+                idle_s = min(idle_s, WATCH_S)
             woken, _, _ = select.select([*own, self._reports.reader], [], [], idle_s)
         if self._running or self._reports.reader in woken:
             woken, _, _ = select.select(own, [], [], WATCH_S)
@@ -332,6 +340,7 @@ class Keeper(threading.Thread):
 
     def _take_reports(self) -> None:
         for report in self._reports.read():
+            self._told_at = report.at
             if report.began:
                 self._claims += 1
                 self._claimed_at = report.at
@@ -472,8 +481,12 @@ class Keeper(threading.Thread):
             self._end_process()
         _kill_process(running.pid)
 
+    def _is_drained(self, now: float) -> bool:
+        return not self._running and now - self._told_at > DRAINED_S
+
     def _end_drain(self) -> None:
         self._drain_at = None
+        self._end_at = time.monotonic() + CANCEL_GRACE_S  # should a cold shutdown hang too
         if any(running.pid == os.getpid() for running in self._running.values()):
             self._end_process()
         # Celery's cold shutdown: it ends the children, whose attempts put their tasks back.

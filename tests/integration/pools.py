@@ -57,6 +57,12 @@ def fail(state: Any, **_: Any) -> None:
     state.consumer.hub.call_soon(broken)
 
 
+@Panel.register(name="cling", type="control", help="Let the pool wait for what never comes.")
+def cling(state: Any, **_: Any) -> None:
+    keeper.DRAIN_S = 60.0
+    state.consumer.pool.stop = lambda: time.sleep(60)
+
+
 if __name__ == "__main__":
     # Tests need not take the minutes that a deployed worker is given.
     keeper.STUCK_S, keeper.STUCK_CHECK_S = 2.0, 0.5

@@ -185,3 +185,15 @@ def test_a_worker_whose_main_thread_fails_ends_at_once_and_puts_back_what_it_run
     rung_until(relay, lambda: row(task_id).state == "succeeded")
     assert outcomes(task_id) == ["released", "succeeded"]
     assert charges(task_id) == (0, 0)
+
+
+def test_a_pool_that_never_stops_holds_up_no_drain(start: Start, relay: Relay) -> None:
+    from sutazai.celery import app
+
+    worker = start(pools.prefork)
+    app.control.broadcast("cling")
+    task_id = accept(pools.prefork, "nap", seconds=1)
+    rung_until(relay, lambda: row(task_id).state == "running")
+    worker.send_signal(signal.SIGTERM)
+    rung_until(relay, lambda: row(task_id).state == "succeeded")
+    until(lambda: worker.poll() is not None, 15)
