@@ -76,6 +76,11 @@ def state(home: Path, name: str) -> ProgramState:
     return ProgramState(name, "UNKNOWN", 0, 0.0, 0, home)
 
 
+def writes(pid: int) -> int:
+    """Return how often a process has written anywhere."""
+    return int(psutil.Process(pid).io_counters().write_count)
+
+
 def is_stopping(home: Path) -> bool:
     assert Supervisor(home).running()
     try:
@@ -242,7 +247,9 @@ def test_logs_that_cannot_be_written_end_nothing_and_go_on_when_they_can(home: P
         limits = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)
         resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (0, limits[1]))
         client.stop("steady")  # which supervisord's own log tells of
-        assert client.running()
+        printed = writes(pid)
+        wait_for(lambda: writes(pid) > printed)
+        assert client.running()  # it answers after it has read what was printed before
         resource.prlimit(process.pid, resource.RLIMIT_FSIZE, limits)
         wait_for(lambda: "writes lost" in log.read_text())
         wait_for(lambda: log.read_text().splitlines()[-1].startswith("line "))
