@@ -153,7 +153,7 @@ def _row(task_id: UUID) -> dict[str, Any]:
     }
 
 
-def _wanted(sample: Sample) -> Mapping[str, Executable]:
+def _wanted(sample: Sample) -> Mapping[str, Executable | db.Ready]:
     """Return what fronts, workers and relays run often, by name."""
     attempt = (sample.running, sample.claim_id)
     claimant: dict[str, Any] = {
@@ -199,8 +199,8 @@ def _wanted(sample: Sample) -> Mapping[str, Executable]:
         "become_due": statements.become_due(1000),
         "wake_keys": statements.wake_keys(),
         "ring_unrung of 100": statements.ring_unrung(AGENT, 100),
-        "ring_overdue": statements.ring_overdue(AGENT, 1000, queue_empty=False),
-        "ring_overdue on an empty queue": statements.ring_overdue(AGENT, 1000, queue_empty=True),
+        "ring_overdue": statements.ring_overdue(AGENT, 1000),
+        "ring_overdue on an empty queue": statements.ring_overdue(AGENT, 1000, empty=range(10)),
         "ring_again of an agent": statements.ring_again(AGENT),
         "past_deadline": statements.past_deadline(500),
         "lease_expired": statements.lease_expired(1000),
@@ -214,7 +214,7 @@ def _wanted(sample: Sample) -> Mapping[str, Executable]:
     }
 
 
-def _explain(wanted: Executable) -> list[str]:
+def _explain(wanted: Executable | db.Ready) -> list[str]:
     """Return the plan of a statement as it ran the second time."""
     plan: list[str] = []
     engine = create_engine(db.url())
@@ -229,7 +229,10 @@ def _explain(wanted: Executable) -> list[str]:
             cursor.execute("ROLLBACK TO untouched")
 
     with engine.connect() as connection:
-        connection.execute(wanted)
+        if isinstance(wanted, db.Ready):
+            connection.execute(*wanted)
+        else:
+            connection.execute(wanted)
         connection.rollback()
     engine.dispose()
     return plan

@@ -62,7 +62,7 @@ def accept(
             connection.execute(statements.reserve_keys([row]))
         return Accepted(joined, fresh=False)
     statement = statements.accept(submission.row, rung=rung)
-    if connection.execute(statement).first() is not None:
+    if connection.execute(*statement).first() is not None:
         return Accepted(submission.task_id, fresh=True, replaced=replaced)
     # Nothing was inserted: somebody else was quicker, or it is there from the first try.
     return _replay(connection, submission) or _existing(connection, submission)
@@ -103,7 +103,7 @@ def accept_many(
     fresh = [submission.row for submission in plain if submission.task_id not in taken]
     for start in range(0, len(fresh), CHUNK):
         chunk = fresh[start : start + CHUNK]
-        inserted = connection.execute(statements.accept_many(chunk)).all()
+        inserted = connection.execute(*statements.accept_many(chunk)).all()
         if len(inserted) < len(chunk):
             raise _draining(chunk[0]["agent"])  # it did just now
     # In one order, as the keys before: each locks its concurrency key.

@@ -6,11 +6,14 @@ task that is not due does nothing, and a due task whose notice was lost is rung 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 from uuid import UUID
 
 NOTICE_HEADER = "sutazai-ring"
+HAND_HEADER = "sutazai-hand"
+"""The ids of the further tasks that a message names, in the order in which they are to run."""
+
 SUMMARY_CHARACTERS = 100
 
 
@@ -26,15 +29,21 @@ class Notice(NamedTuple):
     summary: str
     """The parameters as text, cut to 100 characters, for people who watch the broker."""
 
+    is_plain: bool = False
+    """Whether it may be taken in hand together with others: no key, no host, never crashed."""
+
 
 class Bell(Protocol):
-    """Publishes notices, off the caller's path."""
+    """Publishes notices, off the caller's path; several of them in one message, where they fit."""
 
     def room(self, agent: str, priority: int) -> bool:
         """Whether the queue's window admits one more notice of this priority; a guess ≤ 1 s old."""
 
     def depth(self, agent: str) -> int | None:
-        """How many notices lie on the queue now; None when the broker does not answer."""
+        """How many messages lie on the queue now; None when the broker does not answer."""
+
+    def levels(self, agent: str) -> Mapping[int, int] | None:
+        """About how many notices lie on the queue now, by priority; None: the broker is silent."""
 
     def forgotten(self) -> str | None:
         """Which life of the broker this is, if it lost its queues since `remember`; else None.
@@ -46,22 +55,70 @@ class Bell(Protocol):
     def remember(self, life: str) -> None:
         """Leave a mark that the broker loses together with its queues."""
 
-    def ring(self, notices: Sequence[Notice]) -> None:
-        """Publish soon and return at once; a failure makes the rows due again after a second."""
+    def ring(self, notices: Sequence[Notice], pace: Pace | None = None) -> None:
+        """Publish soon and return at once; a failure makes the rows due again after a second.
+
+        pace: the queue's, when the caller has just measured it.
+        """
 
 
 WINDOW_MIN = 100
 WINDOW_MAX = 1000
-WINDOWS_KEY = "sutazai:windows"
-"""Redis hash, agent → how many notices its queue may hold; the relay writes what it measured."""
+TOGETHER_S = 0.05
+TOGETHER_MAX = 16
+PACES_KEY = "sutazai:paces"
+"""Redis hash, agent → the pace of its queue; the relay writes what it measured."""
 
 
-def window(drained_per_s: float, slots: int) -> int:
-    """Return how many notices a queue may hold: what it drains in 2 s, within bounds.
+class Pace(NamedTuple):
+    """How fast a queue is drained, and what follows for its notices."""
+
+    window: int = WINDOW_MIN
+    """How many tasks may be rung: what is drained in 2 s, within bounds.
 
     Rows beyond it stay in PostgreSQL, so the broker stays small and order stays changeable.
     """
-    return int(min(WINDOW_MAX, max(2 * drained_per_s, 2 * slots, WINDOW_MIN)))
+
+    together: int = 1
+    """How many tasks one message may name: what one slot drains in 50 ms."""
+
+    is_behind: bool = False
+    """Whether rows wait that were never rung: then new ones wait behind them."""
+
+    def __str__(self) -> str:
+        return " ".join(str(int(part)) for part in self)
+
+    @classmethod
+    def read(cls, text: str) -> Pace:
+        """Return what `str` wrote."""
+        size, together, is_behind = map(int, text.split())
+        return cls(size, together, bool(is_behind))
+
+
+def pace(drained_per_s: float, slots: int, *, is_behind: bool = False) -> Pace:
+    """Return the pace of a queue that drains so many tasks a second with so many slots."""
+    size = min(WINDOW_MAX, max(2 * drained_per_s, 2 * slots, WINDOW_MIN))
+    together = min(TOGETHER_MAX, max(1, drained_per_s / slots * TOGETHER_S))
+    return Pace(int(size), int(together), is_behind)
+
+
+def bundled(notices: Sequence[Notice], most: Callable[[str], int]) -> Iterator[list[Notice]]:
+    """Put neighbours of one action and priority into one message; most: how many, of an agent."""
+    bundle: list[Notice] = []
+    for notice in notices:
+        if bundle and not _fits(notice, bundle, most(notice.agent)):
+            yield bundle
+            bundle = []
+        bundle.append(notice)
+    if bundle:
+        yield bundle
+
+
+def _fits(notice: Notice, bundle: Sequence[Notice], most: int) -> bool:
+    first = bundle[0]
+    same = (notice.agent, notice.action, notice.priority)
+    is_plain = notice.is_plain and first.is_plain
+    return is_plain and same == (first.agent, first.action, first.priority) and len(bundle) < most
 
 
 def summarise(params: str) -> str:

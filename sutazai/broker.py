@@ -60,10 +60,13 @@ class Broker(Protocol):
         """Return when the broker has read what was published; raise when it does not answer."""
 
     def depth(self, connection: Connection, agent: str) -> int:
-        """Return how many notices lie on a queue."""
+        """Return how many messages lie on a queue."""
 
-    def levels(self, connection: Connection, agent: str) -> dict[int, int]:
-        """Return how many notices of each of our priorities are out."""
+    def levels(self, connection: Connection, agent: str, together: int) -> dict[int, int]:
+        """Return how many notices of each of our priorities are out.
+
+        together: how many of them one message may hold.
+        """
 
     def forgotten(self, connection: Connection) -> str | None:
         """See `Bell.forgotten`."""
@@ -93,16 +96,17 @@ class OnRedis:
 
     def depth(self, connection: Connection, agent: str) -> int:
         """Add the lengths of the lists."""
-        return sum(self.levels(connection, agent).values())
+        return sum(self.levels(connection, agent, 1).values())
 
-    def levels(self, connection: Connection, agent: str) -> dict[int, int]:
-        """Return the lengths of the lists."""
+    def levels(self, connection: Connection, agent: str, together: int) -> dict[int, int]:
+        """Return what the lists may hold: a guess too high only makes later what would wait."""
         channel: Any = connection.default_channel
         with channel.conn_or_acquire() as client, client.pipeline(transaction=False) as pipe:
             for step in channel.priority_steps:
                 pipe.llen(channel._q_for_pri(agent, step))
             lengths = pipe.execute()
-        return {9 - step: n for step, n in zip(channel.priority_steps, lengths, strict=True)}
+        found = zip(channel.priority_steps, lengths, strict=True)
+        return {9 - step: length * together for step, length in found}
 
     def forgotten(self, connection: Connection) -> str | None:  # noqa: ARG002 - the signals' client is quicker
         """Compare the server's run id with the one that our key holds."""
@@ -150,7 +154,7 @@ class OnRabbitMQ:
         self.declare(connection, [agent])
         return self._count(connection, agent)
 
-    def levels(self, connection: Connection, agent: str) -> dict[int, int]:  # noqa: ARG002
+    def levels(self, connection: Connection, agent: str, together: int) -> dict[int, int]:  # noqa: ARG002
         """Count rows that were rung: RabbitMQ has one depth for all priorities of a queue."""
         return {row.priority: row.notices for row in db.run(statements.count_rung(agent))}
 

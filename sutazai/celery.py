@@ -21,7 +21,6 @@ from celery import Celery, Task, bootsteps, signals
 from celery.backends.base import BaseBackend
 from celery.exceptions import Ignore, InvalidTaskError
 from celery.worker.control import Panel
-from celery.worker.request import Request
 
 from sutazai import admission, db, lifecycle, log, redis, statements, transport, watchers
 from sutazai.agent import Action, Agent, WorkerView
@@ -39,8 +38,10 @@ from sutazai.errors import (
     UnknownAgent,
     Unsupported,
 )
-from sutazai.keeper import Identity, Keeper, Reports
+from sutazai.hand import perform_all
+from sutazai.keeper import Identity, Keeper
 from sutazai.models import new_id
+from sutazai.reports import Reports
 from sutazai.ringer import CeleryBell, abandon, faults
 from sutazai.settings import prepare_flower, settings
 from sutazai.state import State
@@ -187,7 +188,7 @@ def _located(name: str) -> Path:
     return next(path for path in (package / name, package.parent / name) if path.exists())
 
 
-class CheckedRequest(Request):  # type: ignore[misc]
+class CheckedRequest(watchers.HandRequest):
     """A request that no message can make end the pool's loop: Celery checks all but these."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -202,6 +203,9 @@ def _bind(made: Celery, action: Action[Any, Any]) -> None:
     def run(self: Task, *args: Any, **kwargs: Any) -> str:
         try:
             task_id = UUID(self.request.id)
+            others = watchers.others_of(self.request)
+            if others:
+                return watchers.tell(perform_all(_site(), action, [task_id, *others]))
             try:
                 return perform(_site(), action, task_id)
             except NotClaimed:
@@ -227,6 +231,7 @@ def _bind(made: Celery, action: Action[Any, Any]) -> None:
         throws=(SutazaiError,),
         typing=False,
         shared=False,
+        resultrepr_maxsize=4096,  # of a hand's; a single one is short
         Request=CheckedRequest,
     )
 

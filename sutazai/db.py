@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 import psycopg
@@ -41,6 +41,17 @@ set_json_loads(orjson.loads)
 
 STATEMENT_TIMEOUT_S = 10.0
 """For workers and the relay; fronts pass 2.5 s, so that a request is answered in time."""
+
+
+class Ready(NamedTuple):
+    """SQL text and its values: `run` hands them to the driver; in a transaction `execute(*ready)`.
+
+    Binding values to a text as SQLAlchemy does costs more than to run it.
+    """
+
+    text: TextClause
+    values: Mapping[str, Any]
+
 
 REFUSALS = (SQLAlchemyError, psycopg.Error)
 """What `run` and `transaction` raise when PostgreSQL answers, but does not do what it is asked."""
@@ -136,14 +147,14 @@ async def async_transaction() -> AsyncIterator[AsyncConnection]:
         raise _translate(error) from error
 
 
-def run(statement: Executable) -> Sequence[Any]:
+def run(statement: Executable | Ready) -> Sequence[Any]:
     """Run one statement, which commits by itself in one round trip; return its rows.
 
     SQL text goes straight to the driver, which costs a fraction of SQLAlchemy's execution; it is
     what every task passes through. Raises `DatabaseUnavailable`, as `transaction` does.
     """
     try:
-        if not isinstance(statement, TextClause):
+        if not isinstance(statement, TextClause | Ready):
             with engine(autocommit=True).connect() as connection:
                 return _rows(connection.execute(statement))
         pooled = engine(autocommit=True).raw_connection()
@@ -162,10 +173,10 @@ def run(statement: Executable) -> Sequence[Any]:
         raise _translate(error) from error
 
 
-async def async_run(statement: Executable) -> Sequence[Any]:
+async def async_run(statement: Executable | Ready) -> Sequence[Any]:
     """Do the same as `run` on an event loop."""
     try:
-        if not isinstance(statement, TextClause):
+        if not isinstance(statement, TextClause | Ready):
             async with asynchronous(autocommit=True).connect() as connection:
                 return _rows(await connection.execute(statement))
         pooled = await asynchronous(autocommit=True).raw_connection()
@@ -188,7 +199,9 @@ def _rows(result: CursorResult[Any]) -> Sequence[Row[Any]]:
     return result.all() if result.returns_rows else []
 
 
-def _for_driver(statement: TextClause) -> tuple[str, dict[str, Any]]:
+def _for_driver(statement: TextClause | Ready) -> tuple[str, Mapping[str, Any]]:
+    if isinstance(statement, Ready):
+        return _driver_sql(statement.text.text), statement.values
     # SQLAlchemy has no public way to the values bound to a text.
     values = {name: bound.value for name, bound in statement._bindparams.items()}
     return _driver_sql(statement.text), values

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import os
 import select
 import signal
-import struct
 import sys
 import threading
 import time
@@ -21,7 +19,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 import psutil
@@ -30,6 +28,7 @@ from sutazai import db, lifecycle, log, payload, redis, statements
 from sutazai.agent import Agent
 from sutazai.errors import DatabaseUnavailable, TaskCancelled, TaskFailed, TimeLimitExceeded
 from sutazai.models import new_id
+from sutazai.reports import Reports, Word
 from sutazai.settings import settings
 from sutazai.state import Outcome, State
 
@@ -51,6 +50,9 @@ DRAIN_S = 25.0
 DRAINED_S = 2.0
 """A worker that drains and runs nothing any more is given so long: Celery's pool may wait for what
 never comes."""
+
+TAKEN_S = 1.5
+"""What a process has taken together with others is put back when its turn has not come by then."""
 
 STUCK_S = 60.0
 """A worker with free slots that claims nothing for so long, though it could, restarts itself."""
@@ -140,73 +142,19 @@ def die_with_parent(number: signal.Signals = signal.SIGKILL) -> None:
         ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, number)
 
 
-# --- the pipe between the processes ---------------------------------------------------------
-
-_REPORT = struct.Struct("=?16s16sidd")
-"""began, task id, claim id, pid, limit in s, instant: far below PIPE_BUF, so writes are atomic.
-
-The instant is of the monotonic clock, which all processes of a machine share.
-"""
-
-_PIPE_BYTES = 1 << 20
-"""So much is written between two reads by children that run thousands of tasks a second."""
-
-
-class Report(NamedTuple):
-    """An attempt's word on its begin or end."""
-
-    began: bool
-    task_id: UUID
-    claim_id: UUID
-    pid: int
-    limit_s: float
-    at: float
-
-
-class Reports:
-    """The pipe on which attempts report their begin and end to the worker's main process."""
-
-    def __init__(self) -> None:
-        self.reader, self._writer = os.pipe()
-        os.set_inheritable(self._writer, True)
-        os.set_blocking(self.reader, False)
-        if sys.platform == "linux":
-            with contextlib.suppress(OSError):  # more than this user may have
-                fcntl.fcntl(self._writer, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
-
-    def tell(self, *, began: bool, task_id: UUID, claim_id: UUID, limit_s: float = 0.0) -> None:
-        """Write one report."""
-        os.write(
-            self._writer,
-            _REPORT.pack(
-                began, task_id.bytes, claim_id.bytes, os.getpid(), limit_s, time.monotonic()
-            ),
-        )
-
-    def read(self) -> list[Report]:
-        """Return the reports that have come."""
-        try:
-            raw = os.read(self.reader, _REPORT.size * (_PIPE_BYTES // _REPORT.size))
-        except BlockingIOError:
-            return []
-        return [
-            Report(began, UUID(bytes=task), UUID(bytes=claim), pid, limit_s, at)
-            for began, task, claim, pid, limit_s, at in _REPORT.iter_unpack(raw)
-        ]
-
-
 # --- the keeper -----------------------------------------------------------------------------
 
 
 @dataclass
 class Running:
-    """An attempt that the keeper watches over."""
+    """An attempt that the keeper watches over, and the last word of it."""
 
+    word: Word
     task_id: UUID
     claim_id: UUID
     pid: int
     limit_s: float
-    began_at: float
+    at: float
     cancel_seen_at: float | None = None
     missed: bool = False
 
@@ -301,6 +249,7 @@ class Keeper(threading.Thread):
                     enlisted = True
                 self._end_overruns(now)
                 self._take_back_crashed()
+                self._release_waiting(now)
                 if now >= beat_at:
                     beat_at = now + HEARTBEAT_S
                     self._beat()
@@ -341,18 +290,21 @@ class Keeper(threading.Thread):
     def _take_reports(self) -> None:
         for report in self._reports.read():
             self._told_at = report.at
-            if report.began:
+            if report.word is Word.GONE:
+                self._running.pop(report.claim_id, None)
+                continue
+            if report.word is Word.BEGAN:
                 self._claims += 1
                 self._claimed_at = report.at
-                self._running[report.claim_id] = Running(
-                    report.task_id, report.claim_id, report.pid, report.limit_s, report.at
-                )
-            else:
-                self._running.pop(report.claim_id, None)
+            known = self._running.get(report.claim_id)
+            if known is not None:
+                known.word, known.limit_s, known.at = report.word, report.limit_s, report.at
+            elif report.word is not Word.DONE:
+                self._running[report.claim_id] = Running(*report)
 
     def _beat(self) -> None:
         values: dict[str, Any] = {
-            "running": len(self._running),
+            "running": self._count(Word.BEGAN),
             "slots": self._slots(),
             "consuming": self._consuming(),
         }
@@ -394,7 +346,8 @@ class Keeper(threading.Thread):
             return
         self._stuck_checked_at = now
         idle_s = now - self._claimed_at
-        if idle_s < STUCK_S or not self._consuming() or len(self._running) >= self._slots():
+        is_free = self._count(Word.BEGAN) < self._slots()
+        if idle_s < STUCK_S or not self._consuming() or not is_free:
             return
         identity = self._identity
         claimable = statements.claimable(identity.agent, identity.host, identity.worker_id, STUCK_S)
@@ -408,7 +361,7 @@ class Keeper(threading.Thread):
     def _extend(self, now: float) -> None:
         pairs = [(r.task_id, r.claim_id) for r in self._running.values()]
         with db.transaction() as connection:
-            kept = {row.claim_id: row for row in connection.execute(statements.extend(pairs))}
+            kept = {row.claim_id: row for row in connection.execute(*statements.extend(pairs))}
         for claim_id, running in list(self._running.items()):
             row = kept.get(claim_id)
             if row is None and not running.missed:
@@ -417,14 +370,31 @@ class Keeper(threading.Thread):
             elif row is None:
                 _logger.warning("aborting an attempt that lost its lease")
                 self._kill(running)
-            elif row.cancel_requested_at is not None:
+            elif row.cancel_requested_at is not None and running.word is Word.BEGAN:
                 running.cancel_seen_at = running.cancel_seen_at or now
                 if now - running.cancel_seen_at > CANCEL_GRACE_S:
                     self._finish_by_force(running, TaskCancelled(), Outcome.CANCELLED)
 
+    def _release_waiting(self, now: float) -> None:
+        """Put back what was taken together with a task that runs unexpectedly long."""
+        for running in list(self._running.values()):
+            if running.word is Word.TAKEN and now - running.at > TAKEN_S:
+                self._put_back(running, Outcome.RELEASED)
+
+    def _put_back(self, running: Running, outcome: Outcome) -> None:
+        with db.transaction() as connection:
+            row = connection.execute(statements.charge(running.task_id)).first()
+            if row is not None:
+                lifecycle.requeue(connection, _held(row, running), outcome)
+        self._running.pop(running.claim_id, None)
+
+    def _count(self, word: Word) -> int:
+        return sum(running.word is word for running in self._running.values())
+
     def _end_overruns(self, now: float) -> None:
         for running in list(self._running.values()):
-            if now - running.began_at > running.limit_s + LIMIT_GRACE_S:
+            is_late = now - running.at > running.limit_s + LIMIT_GRACE_S
+            if running.word is Word.BEGAN and is_late:
                 error = TimeLimitExceeded(f"The task ran longer than {running.limit_s:g} s.")
                 self._finish_by_force(running, error, Outcome.TIMED_OUT)
 
@@ -435,6 +405,9 @@ class Keeper(threading.Thread):
                 continue
             self._take_reports()
             if running.claim_id not in self._running:
+                continue
+            if running.word is not Word.BEGAN:
+                self._put_back(running, Outcome.LOST)  # it was another task that ran
                 continue
             with db.transaction() as connection:
                 lost = statements.running_claim(running.task_id, running.claim_id)

@@ -72,7 +72,7 @@ def end(
     finish = statements.finish(
         held.task_id, held.claim_id, state, outcome, result=result, error=error
     )
-    return _follow(connection, held, connection.execute(finish).first())
+    return _follow(connection, held, connection.execute(*finish).first())
 
 
 def requeue(
@@ -151,7 +151,7 @@ def claim(
     if not is_open or running >= limits.slots:
         connection.execute(statements.hold(task_id))
         return None
-    row = connection.execute(statements.claim_of_key(task_id, **claimant)).first()
+    row = connection.execute(*statements.claim_of_key(task_id, **claimant)).first()
     if row is not None and limits.rate_per_s:
         connection.execute(statements.start_of_key(*key))
     return row

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from uuid import UUID
 
@@ -100,10 +100,20 @@ class Ended(Protocol):
         """How it ended."""
 
 
-def announce_ended(ended: Iterable[Ended]) -> None:
-    """Publish that tasks have ended."""
-    for gone in ended:
-        announce(gone.agent, gone.task_id, kind="state", state=gone.state)
+def announce_ended(ended: Sequence[Ended]) -> None:
+    """Publish that tasks have ended, in one round trip."""
+    if len(ended) == 1:
+        announce(ended[0].agent, ended[0].task_id, kind="state", state=ended[0].state)
+    elif ended:
+        attempt(lambda connection: _publish_all(connection, ended))
+
+
+def _publish_all(connection: library.Redis, ended: Sequence[Ended]) -> None:
+    with connection.pipeline(transaction=False) as together:
+        for gone in ended:
+            event = {"task_id": str(gone.task_id), "kind": "state", "state": gone.state}
+            together.publish(events_channel(gone.agent), payload.dumps(event))
+        together.execute()
 
 
 def _forget() -> None:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from sutazai import db, lifecycle, log, redis, statements
-from sutazai.bell import WINDOWS_KEY, Bell, Notice, window
+from sutazai.bell import PACES_KEY, Bell, Notice, Pace, pace
 from sutazai.callbacks import Courier
 from sutazai.errors import DatabaseBusy, DatabaseUnavailable
 from sutazai.settings import settings
@@ -28,6 +28,9 @@ RESCUE_EACH_S = 2.0
 PRUNE_EACH_S = 60.0
 STEADY_S = 10.0
 """Leases are judged only after so long of unbroken connection: an outage charges nobody."""
+
+PACE_S = 2.0
+"""How long a queue's pace is measured; heartbeats tell as often what workers have begun."""
 
 CHUNK = 1000
 PRUNE_CHUNKS = 60
@@ -49,7 +52,7 @@ class Relay:
         self._was_away = False
         self._served_at = self._rescued_at = self._pruned_at = 0.0
         self._claims: dict[str, tuple[float, int]] = {}
-        self._windows: dict[str, int] = {}
+        self._paces: dict[str, Pace] = {}
         self._courier = threading.Thread(target=self._run_courier, name="courier", daemon=True)
 
     def stop(self) -> None:
@@ -109,6 +112,8 @@ class Relay:
             if now - self._steady_since >= STEADY_S:
                 self._rescue()
         self._notice_broker_loss()
+        busy = {row.agent for row in agents}
+        self._claims = {name: seen for name, seen in self._claims.items() if name in busy}
         rung = 0
         for agent in agents:
             notices = self._ring(agent)
@@ -126,34 +131,52 @@ class Relay:
         return rung
 
     def _ring(self, agent: Row[tuple[str, int, int]]) -> int | None:
-        """Fill one queue up to its window; None: the broker, whose depth decides, is away."""
-        depth = self._bell.depth(agent.agent)
-        if depth is None:
+        """Fill one queue up to its window; None: the broker, whose depth decides, is away.
+
+        What was rung in vain gets a quarter of the room at most, so that notices that still lie
+        there do not keep out those that were never rung; nor may they keep out what is more urgent.
+        """
+        name = agent.agent
+        levels = self._bell.levels(name)
+        if levels is None:
             return None
-        room = self._window(agent) - depth
-        if room <= 0:
-            return 0
+        self._measure(agent)
+        empty = [priority for priority in range(10) if not levels.get(priority)]
+        out = sum(levels.values())
+        room = max(0, self._paces[name].window - out)
+        rows: list[Any] = []
         with db.transaction() as connection:
-            overdue = statements.ring_overdue(agent.agent, room, queue_empty=depth == 0)
-            rows = list(connection.execute(overdue))
-            if len(rows) < room:
-                rows += connection.execute(statements.ring_unrung(agent.agent, room - len(rows)))
+            if room:
+                share = room if not out else -(-room // 4)
+                rows += connection.execute(statements.ring_overdue(name, share, empty=empty))
+                rows += connection.execute(statements.ring_unrung(name, room - len(rows)))
+            elif empty:
+                rows += connection.execute(statements.ring_unrung(name, 2 * agent.slots, empty))
+        if room:
+            self._tell_pace(name, self._paces[name]._replace(is_behind=len(rows) >= room))
         # PostgreSQL does not promise the order of RETURNING; notices go out by priority, then age.
         notices = sorted((Notice(*row) for row in rows), key=lambda n: (-n.priority, n.task_id))
-        self._bell.ring(notices)
+        self._bell.ring(notices, self._paces[name])
         return len(notices)
 
-    def _window(self, agent: Row[tuple[str, int, int]]) -> int:
+    def _measure(self, agent: Row[tuple[str, int, int]]) -> None:
+        """Learn the pace of a queue, every 2 s while it has something to do.
+
+        What was learnt holds while it has nothing to do: the next backlog is likely to be alike.
+        """
         now = time.monotonic()
-        then, claims = self._claims.get(agent.agent, (now, agent.claims))
-        drained_per_s = max(0, agent.claims - claims) / (now - then) if now > then else 0.0
-        if agent.agent not in self._claims or now - then >= 2.0:
+        then, claims = self._claims.setdefault(agent.agent, (now, agent.claims))
+        known = self._paces.setdefault(agent.agent, pace(0.0, agent.slots))
+        if now - then >= PACE_S:
             self._claims[agent.agent] = (now, agent.claims)
-            size = window(drained_per_s, agent.slots)
-            if size != self._windows.get(agent.agent):
-                self._windows[agent.agent] = size
-                redis.attempt(lambda client: client.hset(WINDOWS_KEY, agent.agent, str(size)))
-        return self._windows[agent.agent]
+            drained_per_s = max(0, agent.claims - claims) / (now - then)
+            measured = pace(drained_per_s, agent.slots, is_behind=known.is_behind)
+            self._tell_pace(agent.agent, measured)
+
+    def _tell_pace(self, agent: str, found: Pace) -> None:
+        if found != self._paces[agent]:
+            self._paces[agent] = found
+            redis.attempt(lambda client: client.hset(PACES_KEY, agent, str(found)))
 
     def _notice_broker_loss(self) -> None:
         """Make rung rows due when the broker lost its queues; commit first, mark after."""

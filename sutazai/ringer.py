@@ -7,7 +7,7 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from celery import Celery
@@ -15,7 +15,16 @@ from kombu.connection import Connection
 from kombu.exceptions import KombuError
 
 from sutazai import db, log, redis, statements
-from sutazai.bell import NOTICE_HEADER, WINDOW_MAX, WINDOW_MIN, WINDOWS_KEY, Notice
+from sutazai.bell import (
+    HAND_HEADER,
+    NOTICE_HEADER,
+    PACES_KEY,
+    WINDOW_MAX,
+    WINDOW_MIN,
+    Notice,
+    Pace,
+    bundled,
+)
 from sutazai.broker import broker_of, direct_name
 from sutazai.errors import DatabaseUnavailable
 
@@ -48,7 +57,7 @@ class CeleryBell:
         self._waiting: queue.SimpleQueue[Notice | str] = queue.SimpleQueue()
         self._asked: set[str] = set()
         self._depths: dict[str, dict[int, int]] = {}
-        self._windows: dict[str, int] = {}
+        self._paces: dict[str, Pace] = {}
         self._measured_at: dict[str, float] = {}
         self._in_hand = 0
         self._thread: threading.Thread | None = None
@@ -69,11 +78,20 @@ class CeleryBell:
             return self._in_hand < WINDOW_MIN
         if not levels.get(priority, 0) and self._in_hand < WINDOW_MAX:
             return True
-        return sum(levels.values()) < self._windows.get(agent, WINDOW_MIN)
+        pace = self._pace(agent)
+        return not pace.is_behind and sum(levels.values()) < pace.window
 
     def depth(self, agent: str) -> int | None:
-        """How many notices lie on the queue; see `Bell.depth`."""
+        """How many messages lie on the queue; see `Bell.depth`."""
         return self._ask(lambda connection: self._broker.depth(connection, agent))
+
+    def levels(self, agent: str) -> Mapping[int, int] | None:
+        """About how many notices lie on the queue, by priority; see `Bell.levels`."""
+        together = self._pace(agent).together
+        return self._ask(lambda connection: self._broker.levels(connection, agent, together))
+
+    def _pace(self, agent: str) -> Pace:
+        return self._paces.get(agent, Pace())
 
     def forgotten(self) -> str | None:
         """Which life of the broker this is, if it lost its queues; see `Bell.forgotten`."""
@@ -106,10 +124,12 @@ class CeleryBell:
                     self._silent_until = time.monotonic() + SILENT_S
                     return None
 
-    def ring(self, notices: Sequence[Notice]) -> None:
+    def ring(self, notices: Sequence[Notice], pace: Pace | None = None) -> None:
         """Hand notices to the thread; see `Bell.ring`."""
         self._start()
         for notice in notices:
+            if pace is not None:
+                self._paces[notice.agent] = pace
             levels = self._depths.get(notice.agent)
             if levels is not None:
                 levels[notice.priority] = levels.get(notice.priority, 0) + 1
@@ -177,8 +197,8 @@ class CeleryBell:
         agents = {notice.agent for notice in batch}
         self._broker.declare(producer.connection, agents)
         with producer.batch(max_size=len(batch)):
-            for notice in batch:
-                _publish_notice(producer, notice, self._broker.rank(notice.priority))
+            for bundle in bundled(batch, lambda agent: self._pace(agent).together):
+                _publish(producer, bundle, self._broker.rank(bundle[0].priority))
         self._broker.confirm(producer.connection, agents)
 
     def _measure(self) -> None:
@@ -187,13 +207,14 @@ class CeleryBell:
         try:
             connection = self._producer().connection
             for agent in wanted:
-                self._depths[agent] = self._broker.levels(connection, agent)
+                together = self._pace(agent).together
+                self._depths[agent] = self._broker.levels(connection, agent, together)
         except self._faults:
             self._drop()
         except DatabaseUnavailable as error:
             _logger.warning("the windows are guessed", reason=str(error))
-        windows = redis.attempt(lambda client: client.hgetall(WINDOWS_KEY)) or {}
-        self._windows = {str(agent): int(size) for agent, size in windows.items()}
+        paces = redis.attempt(lambda client: client.hgetall(PACES_KEY)) or {}
+        self._paces.update((str(agent), Pace.read(str(text))) for agent, text in paces.items())
         self._measured_at.update(dict.fromkeys(wanted, time.monotonic()))
         self._asked.difference_update(wanted)
 
@@ -228,8 +249,12 @@ def abandon(connection: Connection | None) -> None:
 _EMPTY_BODY = '[[], {}, {"callbacks": null, "errbacks": null, "chain": null, "chord": null}]'
 
 
-def _publish_notice(producer: Any, notice: Notice, rank: int) -> None:
+def _publish(producer: Any, bundle: Sequence[Notice], rank: int) -> None:
+    """Publish one message for notices of one action and priority."""
+    notice, *others = bundle
     task_id = str(notice.task_id)
+    hand = {HAND_HEADER: [str(other.task_id) for other in others]} if others else {}
+    limit_s = sum(each.time_limit_s for each in bundle)
     routing_key = notice.agent
     if notice.host:
         routing_key = direct_name(f"{notice.agent}@{notice.host}")
@@ -252,11 +277,12 @@ def _publish_notice(producer: Any, notice: Notice, rank: int) -> None:
             "retries": 0,
             "eta": None,
             "expires": None,
-            "timelimit": [notice.time_limit_s + SECOND_NET_S, None],
+            "timelimit": [limit_s + SECOND_NET_S, None],
             "argsrepr": "",
             "kwargsrepr": notice.summary,
             "origin": "sutazai",
             "ignore_result": True,
             NOTICE_HEADER: 1,
+            **hand,
         },
     )

@@ -2,14 +2,14 @@
 
 Statements have no colour: fronts run them on an event loop, workers on a thread (db.py). The rules
 they hold are those of docs/lifecycle.md. Time is always the database's (`now()`). Those that every
-task passes through are SQL text, which costs a third of the time of an expression to execute.
+task passes through are `Ready`: text and values, which cost a fraction of an expression.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import UUID
 
 from sqlalchemy import (
@@ -29,13 +29,13 @@ from sqlalchemy import (
     or_,
     select,
     text,
-    tuple_,
     update,
 )
 from sqlalchemy.dialects.postgresql import JSONB, insert
 from sqlalchemy.sql import ColumnElement
 
 from sutazai import payload
+from sutazai.db import Ready
 from sutazai.models import (
     IS_TERMINAL,
     attempts,
@@ -79,6 +79,12 @@ _NOTICE = (
     tasks.c.host,
     tasks.c.time_limit_s,
     func.left(cast(tasks.c.params, Text), 100).label("summary"),
+    and_(
+        tasks.c.host.is_(None),
+        tasks.c.concurrency_key.is_(None),
+        tasks.c.crashes == 0,
+        tasks.c.rerun_after_crash,
+    ).label("is_plain"),
 )
 
 
@@ -98,7 +104,7 @@ _LAST_RUNG_AT = tasks.c.next_ring_at - _seconds(
 # --- accept ---------------------------------------------------------------------------------
 
 
-def accept(row: Mapping[str, Any], *, rung: bool) -> TextClause:
+def accept(row: Mapping[str, Any], *, rung: bool) -> Ready:
     """Insert a task; a second one of the same parent's n-th call or the same tick does nothing.
 
     `rung`: whether the caller publishes a notice right after the commit. `deadline_in_s` in the
@@ -114,8 +120,8 @@ def accept(row: Mapping[str, Any], *, rung: bool) -> TextClause:
         "ring_in_s": FIRST_RING_S if rung else 0.0,
     }
     if values["idempotency_key"] is None:
-        return _ACCEPT.bindparams(**values)
-    return _ACCEPT_ONCE.bindparams(**values)
+        return Ready(_ACCEPT, values)
+    return Ready(_ACCEPT_ONCE, values)
 
 
 _NO_OPTIONS: dict[str, Any] = dict.fromkeys(
@@ -168,7 +174,7 @@ _ACCEPT_ONCE = text(
 )
 
 
-def accept_many(rows: Sequence[Mapping[str, Any]], *, rung: Collection[UUID] = ()) -> TextClause:
+def accept_many(rows: Sequence[Mapping[str, Any]], *, rung: Collection[UUID] = ()) -> Ready:
     """Insert many tasks at once, without idempotency keys of their own, as `accept` does.
 
     `rung`: the ids of those for which the caller publishes a notice right after the commit.
@@ -177,7 +183,7 @@ def accept_many(rows: Sequence[Mapping[str, Any]], *, rung: Collection[UUID] = (
     plain = [
         {**_NO_OPTIONS, "labels": {}, "rings": int(row["task_id"] in rung), **row} for row in rows
     ]
-    return _ACCEPT_MANY.bindparams(rows=payload.dumps(plain), first_ring_s=FIRST_RING_S)
+    return Ready(_ACCEPT_MANY, {"rows": payload.dumps(plain), "first_ring_s": FIRST_RING_S})
 
 
 _ACCEPT_MANY = text(
@@ -463,7 +469,7 @@ _REPEATED = (
 # --- ring -----------------------------------------------------------------------------------
 
 
-def ring_unrung(agent: str, limit: int) -> Update:
+def ring_unrung(agent: str, limit: int, priorities: Collection[int] = range(10)) -> Update:
     """Take the next rows of a queue that were never rung: priority, then age."""
     chosen = (
         select(tasks.c.task_id)
@@ -471,6 +477,7 @@ def ring_unrung(agent: str, limit: int) -> Update:
             _QUEUED,
             tasks.c.agent == agent,
             tasks.c.rings == 0,
+            tasks.c.priority.in_(priorities),
             tasks.c.next_ring_at.is_not(None),
             tasks.c.next_ring_at <= _NOW,
         )
@@ -482,14 +489,16 @@ def ring_unrung(agent: str, limit: int) -> Update:
     return _ring(chosen)
 
 
-def ring_overdue(agent: str, limit: int, *, queue_empty: bool) -> Update:
+def ring_overdue(agent: str, limit: int, *, empty: Collection[int] = ()) -> Update:
     """Take rows of a queue whose notice brought no claim.
 
-    While the broker's queue is empty their notice is certainly gone, so back-off does not count.
+    empty: priorities of which nothing lies on the broker's queue. Their notices are certainly gone,
+    so back-off does not count.
     """
     overdue: ColumnElement[bool] = tasks.c.next_ring_at <= _NOW
-    if queue_empty:
-        overdue = or_(overdue, _NOW - _seconds(FIRST_RING_S) >= _LAST_RUNG_AT)
+    if empty:
+        is_gone = _NOW - _seconds(FIRST_RING_S) >= _LAST_RUNG_AT
+        overdue = or_(overdue, and_(tasks.c.priority.in_(empty), is_gone))
     chosen = (
         select(tasks.c.task_id)
         .where(_QUEUED, tasks.c.agent == agent, tasks.c.rings > 0, overdue)
@@ -583,91 +592,86 @@ def become_due(limit: int) -> Update:
 # --- claim, extend --------------------------------------------------------------------------
 
 
-def claim(
-    task_id: UUID,
-    *,
-    agent: str,
-    action: str,
-    claim_id: UUID,
-    worker: str,
-    worker_id: UUID,
-    host: str,
-) -> TextClause:
+def claim(task_id: UUID, **claimant: Any) -> Ready:
     """Start an attempt, if the task is due here; no row: a stale, doubled or foreign notice.
 
-    A task with a concurrency key is claimed by `claim_of_key`. Beside a task whose process has
-    died before, nothing is started on the same worker, so that the next death has one suspect.
+    claimant: agent, action, claim_id, worker, worker_id, host. A task with a concurrency key is
+    claimed by `claim_of_key`. Beside a task whose process has died before, nothing is started on
+    the same worker, so that the next death has one suspect.
     """
-    return _CLAIM.bindparams(
-        task_id=task_id,
-        agent=agent,
-        action=action,
-        claim_id=claim_id,
-        worker=worker,
-        worker_id=worker_id,
-        host=host,
-        lease_s=LEASE_S,
-    )
+    return Ready(_CLAIM, {"task_id": task_id, "lease_s": LEASE_S, **claimant})
 
 
-def claim_of_key(
-    task_id: UUID,
-    *,
-    agent: str,
-    action: str,
-    claim_id: UUID,
-    worker: str,
-    worker_id: UUID,
-    host: str,
-) -> TextClause:
+def claim_of_key(task_id: UUID, **claimant: Any) -> Ready:
     """Do the same as `claim` for a task whose concurrency key the caller has locked."""
-    return _CLAIM_OF_KEY.bindparams(
-        task_id=task_id,
-        agent=agent,
-        action=action,
-        claim_id=claim_id,
-        worker=worker,
-        worker_id=worker_id,
-        host=host,
-        lease_s=LEASE_S,
-    )
+    return Ready(_CLAIM_OF_KEY, {"task_id": task_id, "lease_s": LEASE_S, **claimant})
 
 
-_CLAIM_ANY = """
-    UPDATE tasks SET
-        state = 'running', attempt = attempt + 1, claim_id = :claim_id, worker = :worker,
-        worker_id = :worker_id, started_at = now(), next_ring_at = NULL, held = false,
+def claim_many(claims: Mapping[UUID, UUID], **claimant: Any) -> Ready:
+    """Do the same as `claim` for several tasks, given with the ids of their claims.
+
+    Only plain ones are claimed: without key or host, never crashed, and allowed to run again. What
+    somebody else works on is left out.
+    """
+    ids = {"task_ids": list(claims), "claim_ids": list(claims.values())}
+    return Ready(_CLAIM_MANY, {**ids, "lease_s": LEASE_S, **claimant})
+
+
+_CLAIM_VALUES = """
+        state = 'running', attempt = attempt + 1, worker = :worker, worker_id = :worker_id,
+        started_at = now(), next_ring_at = NULL, held = false,
         lease_expires_at = now() + make_interval(secs => :lease_s)
-    WHERE task_id = :task_id AND agent = :agent AND action = :action
-      AND state = 'queued' AND run_at <= now()
+"""
+
+_CLAIMABLE_HERE = """
+    agent = :agent AND action = :action AND state = 'queued' AND run_at <= now()
       AND (deadline_at IS NULL OR deadline_at > now())
       AND (host IS NULL OR host = :host)
       AND cancel_requested_at IS NULL
       AND NOT EXISTS (SELECT 1 FROM queues WHERE queues.agent = :agent AND paused)
       AND NOT EXISTS (SELECT 1 FROM tasks s
                       WHERE s.worker_id = :worker_id AND s.state = 'running' AND s.crashes > 0)
-      AND concurrency_key IS {keyed} NULL
-    RETURNING {columns}, set_config('synchronous_commit', 'off', true)
 """
 
 _CLAIMED_COLUMNS = """task_id, action, params, attempt, failures, max_attempts, time_limit_s,
     created_at, deadline_at, parent_id, concurrency_key, crashes"""
 
-_CLAIM = text(_CLAIM_ANY.format(keyed="", columns=_CLAIMED_COLUMNS))
-_CLAIM_OF_KEY = text(_CLAIM_ANY.format(keyed="NOT", columns=_CLAIMED_COLUMNS))
+_CLAIM_ONE = f"""
+    UPDATE tasks SET {_CLAIM_VALUES}, claim_id = :claim_id
+    WHERE task_id = :task_id AND {_CLAIMABLE_HERE} AND concurrency_key IS {{keyed}} NULL
+    RETURNING {_CLAIMED_COLUMNS}, set_config('synchronous_commit', 'off', true)
+"""  # noqa: S608 - the inserted texts are constants
+
+_CLAIM = text(_CLAIM_ONE.format(keyed=""))
+_CLAIM_OF_KEY = text(_CLAIM_ONE.format(keyed="NOT"))
+# An array, because with a join the planner may read all of history.
+_CLAIM_MANY = text(
+    f"""
+    UPDATE tasks SET {_CLAIM_VALUES},
+        claim_id = (CAST(:claim_ids AS uuid[]))[
+            array_position(CAST(:task_ids AS uuid[]), task_id)]
+    WHERE task_id = ANY(ARRAY(
+        SELECT task_id FROM tasks
+        WHERE task_id = ANY(CAST(:task_ids AS uuid[])) AND {_CLAIMABLE_HERE}
+          AND concurrency_key IS NULL AND host IS NULL AND crashes = 0 AND rerun_after_crash
+        FOR UPDATE SKIP LOCKED))
+    RETURNING {_CLAIMED_COLUMNS}, set_config('synchronous_commit', 'off', true)
+    """  # noqa: S608 - the inserted texts are constants
+)
 # A claim that a crash of PostgreSQL forgets leaves the task queued, and its attempt's outcome is
 # refused by the fence: so, unlike accept and finish, a claim need not wait for the disk.
 
 
-def claimed(task_id: UUID, claim_id: UUID) -> TextClause:
-    """Return what a claim has returned, for one whose answer got lost; no row: it does not hold."""
-    return _CLAIMED.bindparams(task_id=task_id, claim_id=claim_id)
+def claimed(claims: Mapping[UUID, UUID]) -> Ready:
+    """Return what claims have returned whose answer got lost; no row: that one does not hold."""
+    return Ready(_CLAIMED, {"task_ids": list(claims), "claim_ids": list(claims.values())})
 
 
 _CLAIMED = text(
     f"""
     SELECT {_CLAIMED_COLUMNS} FROM tasks
-    WHERE task_id = :task_id AND claim_id = :claim_id AND state = 'running'
+    WHERE task_id = ANY(CAST(:task_ids AS uuid[])) AND claim_id = ANY(CAST(:claim_ids AS uuid[]))
+      AND state = 'running'
     """  # noqa: S608 - of our own constants
 )
 
@@ -705,14 +709,34 @@ _BESIDE = text(
 )
 
 
-def extend(claims: Sequence[tuple[UUID, UUID]]) -> Update:
-    """Extend the leases of running (task, claim) pairs; a pair not returned has lost its task."""
-    return (
-        update(tasks)
-        .where(_RUNNING, tuple_(tasks.c.task_id, tasks.c.claim_id).in_(claims))
-        .values(lease_expires_at=_NOW + _seconds(LEASE_S))
-        .returning(tasks.c.task_id, tasks.c.claim_id, tasks.c.cancel_requested_at)
+def extend(claims: Sequence[tuple[UUID, UUID]]) -> Ready:
+    """Extend the leases of running (task, claim) pairs; a pair not returned has lost its task.
+
+    One that is being ended just now, and so is locked, is returned and left as it is: whoever waits
+    for one row while he holds another may deadlock with those who end several.
+    """
+    task_ids, claim_ids = zip(*claims, strict=True)
+    values = {"task_ids": list(task_ids), "claim_ids": list(claim_ids), "lease_s": LEASE_S}
+    return Ready(_EXTEND, values)
+
+
+_EXTEND = text(
+    """
+    WITH own AS (
+        SELECT task_id, claim_id, cancel_requested_at FROM tasks
+        WHERE task_id = ANY(CAST(:task_ids AS uuid[]))
+          AND claim_id = ANY(CAST(:claim_ids AS uuid[])) AND state = 'running'
+    ), extended AS (
+        UPDATE tasks SET lease_expires_at = now() + make_interval(secs => :lease_s)
+        WHERE task_id = ANY(ARRAY(
+            SELECT task_id FROM tasks
+            WHERE task_id = ANY(CAST(:task_ids AS uuid[]))
+              AND claim_id = ANY(CAST(:claim_ids AS uuid[])) AND state = 'running'
+            FOR UPDATE SKIP LOCKED))
     )
+    SELECT * FROM own
+    """
+)
 
 
 def progress(task_id: UUID, claim_id: UUID, fraction: float, message: str) -> TextClause:
@@ -816,18 +840,19 @@ def finish(
     *,
     result: Mapping[str, Any] | None = None,
     error: Mapping[str, Any] | None = None,
-) -> TextClause:
+) -> Ready:
     """Make a running task terminal; no row: this attempt has lost its lease."""
-    return _FINISH.bindparams(
-        task_id=task_id,
-        claim_id=claim_id,
-        state=state.value,
-        outcome=outcome.value,
-        result=None if result is None else payload.dumps(result),
-        error=None if error is None else payload.dumps(error),
-        failures=int(outcome in (Outcome.FAILED, Outcome.TIMED_OUT)),
-        crashes=int(outcome is Outcome.LOST),
-    )
+    values = {
+        "task_id": task_id,
+        "claim_id": claim_id,
+        "state": state.value,
+        "outcome": outcome.value,
+        "result": None if result is None else payload.dumps(result),
+        "error": None if error is None else payload.dumps(error),
+        "failures": int(outcome in (Outcome.FAILED, Outcome.TIMED_OUT)),
+        "crashes": int(outcome is Outcome.LOST),
+    }
+    return Ready(_FINISH, values)
 
 
 _FINISH = text(
@@ -844,7 +869,71 @@ _FINISH = text(
         SELECT task_id, attempt, claim_id, worker, started_at, :outcome, CAST(:error AS jsonb)
         FROM ended
     )
-    SELECT :state AS state FROM ended
+    SELECT task_id, CAST(:state AS text) AS state FROM ended
+    """
+)
+
+
+class Ending(NamedTuple):
+    """How an attempt ended that is recorded together with others."""
+
+    task_id: UUID
+    claim_id: UUID
+    state: State
+    outcome: Outcome
+    began_at: float
+    ended_at: float
+    result: Mapping[str, Any] | None = None
+    error: Mapping[str, Any] | None = None
+
+
+def finish_many(endings: Sequence[Ending], now: float) -> Ready:
+    """Do the same as `finish` for several attempts that ended one after the other a moment ago.
+
+    now: the instant, by the clock of the endings' own.
+    """
+    rows = [
+        {
+            "task_id": ending.task_id,
+            "claim_id": ending.claim_id,
+            "state": ending.state,
+            "outcome": ending.outcome,
+            "result": ending.result,
+            "error": ending.error,
+            "failures": int(ending.outcome is Outcome.FAILED),
+            "began_ago_s": now - ending.began_at,
+            "ended_ago_s": now - ending.ended_at,
+        }
+        for ending in endings
+    ]
+    task_ids = [ending.task_id for ending in endings]
+    return Ready(_FINISH_MANY, {"task_ids": task_ids, "rows": payload.dumps(rows)})
+
+
+_FINISH_MANY = text(
+    """
+    WITH given AS (
+        SELECT * FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS r(
+            task_id uuid, claim_id uuid, state text, outcome text, result jsonb, error jsonb,
+            failures integer, began_ago_s float8, ended_ago_s float8)
+    ), ended AS (
+        UPDATE tasks t SET
+            state = g.state, lease_expires_at = NULL, result = g.result, error = g.error,
+            started_at = greatest(t.started_at, now() - make_interval(secs => g.began_ago_s)),
+            finished_at = greatest(t.started_at, now() - make_interval(secs => g.ended_ago_s)),
+            failures = t.failures + g.failures
+        FROM given g
+        WHERE t.task_id = ANY(CAST(:task_ids AS uuid[]))
+          AND t.task_id = g.task_id AND t.claim_id = g.claim_id AND t.state = 'running'
+        RETURNING t.task_id, t.attempt, t.claim_id, t.worker, t.started_at, t.finished_at,
+                  t.state, t.error, g.outcome
+    ), recorded AS (
+        INSERT INTO attempts (
+            task_id, attempt, claim_id, worker, started_at, ended_at, outcome, error)
+        SELECT task_id, attempt, claim_id, worker, started_at, finished_at, outcome, error
+        FROM ended
+    )
+    SELECT task_id, state FROM ended
     """
 )
 
@@ -954,6 +1043,27 @@ def outcome_of(task_id: UUID, claim_id: UUID) -> Select[Any]:
         .join(attempts, attempts.c.task_id == tasks.c.task_id)
         .where(tasks.c.task_id == task_id, attempts.c.claim_id == claim_id)
     )
+
+
+def outcomes_of(endings: Sequence[Ending]) -> Ready:
+    """Return the states that attempts have left, to learn what an uncertain commit did."""
+    return Ready(
+        _OUTCOMES_OF,
+        {
+            "claim_ids": [ending.claim_id for ending in endings],
+            "task_ids": [ending.task_id for ending in endings],
+        },
+    )
+
+
+_OUTCOMES_OF = text(
+    """
+    SELECT t.task_id, t.state FROM tasks t
+    WHERE t.task_id = ANY(CAST(:task_ids AS uuid[])) AND EXISTS (
+        SELECT 1 FROM attempts a
+        WHERE a.task_id = t.task_id AND a.claim_id = ANY(CAST(:claim_ids AS uuid[])))
+    """
+)
 
 
 def end_queued(task_ids: Sequence[UUID], state: State, error: Mapping[str, Any]) -> Update:
@@ -1435,9 +1545,9 @@ _TASK = """
 _ONE_TASK = text(f"{_TASK} WHERE task_id = :task_id")
 
 
-def result(task_id: UUID) -> TextClause:
+def result(task_id: UUID) -> Ready:
     """Return how a task stands, without the rest of its row, for a client that waited."""
-    return _RESULT.bindparams(task_id=task_id)
+    return Ready(_RESULT, {"task_id": task_id})
 
 
 _RESULT = text("SELECT task_id, action, state, result, error FROM tasks WHERE task_id = :task_id")
@@ -1497,9 +1607,9 @@ def tasks_page(
     return page.bindparams(limit=limit, **bound)
 
 
-def ended(task_ids: Sequence[UUID]) -> TextClause:
+def ended(task_ids: Sequence[UUID]) -> Ready:
     """Return which of these tasks are terminal."""
-    return _ENDED.bindparams(task_ids=list(task_ids))
+    return Ready(_ENDED, {"task_ids": list(task_ids)})
 
 
 _ENDED = text(

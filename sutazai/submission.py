@@ -193,4 +193,7 @@ class Submission:
             host=self.host,
             time_limit_s=self.options.time_limit_s or self.action.time_limit_s,
             summary=summarise(payload.dumps(dict(self.params))),
+            is_plain=self.host is None
+            and self.options.concurrency_key is None
+            and self.action.rerun_after_crash,
         )

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 from uuid import UUID, uuid4
 
 from pydantic import BaseModel
@@ -36,7 +36,8 @@ from sutazai.errors import (
     UnknownAgent,
 )
 from sutazai.journal import Journal
-from sutazai.keeper import Identity, Reports
+from sutazai.keeper import Identity
+from sutazai.reports import Reports, Word
 from sutazai.state import Outcome, State
 from sutazai.submission import Options, Submission
 
@@ -71,6 +72,13 @@ class Site:
     bell: Bell
 
 
+class Later(Protocol):
+    """Records outcomes a moment later, several together."""
+
+    def add(self, ending: statements.Ending) -> None:
+        """Take an outcome that is to be recorded."""
+
+
 class NotClaimed(Exception):
     """The notice was stale, doubled, early or meant for another host; nothing was done."""
 
@@ -86,8 +94,18 @@ class Unrecorded(Exception):
 class Attempt:
     """One claimed attempt; the `Context` of its action."""
 
-    def __init__(self, site: Site, action: Action[Any, Any], claim_id: UUID, row: Row[Any]) -> None:
+    def __init__(
+        self,
+        site: Site,
+        action: Action[Any, Any],
+        claim_id: UUID,
+        row: Row[Any],
+        later: Later | None = None,
+    ) -> None:
+        """Begin; later: who records a plain outcome, together with others."""
         self._site = site
+        self._later = later
+        self._began_at = time.monotonic()
         self._action = action
         self._row = row
         self.claim_id = claim_id
@@ -169,7 +187,6 @@ class Attempt:
         Raises `Requeued` when the task has not ended, `TaskFailed` when it has failed, and
         `LeaseLost` when the outcome came too late to count.
         """
-        began = time.monotonic()
         try:
             if self._row.crashes:
                 self._wait_alone()
@@ -185,12 +202,17 @@ class Attempt:
                 raise self._failed(RuntimeError(f"The action called exit: {stop}")) from stop
             # The worker drains: the attempt is put back, and nothing is charged.
             self._requeue(Outcome.RELEASED)
-            _logger.info("task released", ran_s=round(time.monotonic() - began, 3))
+            _logger.info("task released", ran_s=self._ran_s)
             raise
         except Exception as error:
             raise self._failed(error) from error
-        _logger.info("task succeeded", ran_s=round(time.monotonic() - began, 4))
+        # The row tells it too: at the usual level a worker has no line for each task.
+        _logger.debug("task succeeded", ran_s=self._ran_s)
         return payload.dumps(stored)[:200]
+
+    @property
+    def _ran_s(self) -> float:
+        return round(time.monotonic() - self._began_at, 4)
 
     def _wait_alone(self) -> None:
         """Wait until nothing else runs on this worker, which starts nothing new meanwhile.
@@ -203,9 +225,8 @@ class Attempt:
                 time.sleep(ALONE_POLL_S)
         except DatabaseUnavailable as error:
             raise Unrecorded(str(error)) from error
-        limit_s = self._row.time_limit_s
-        claim = {"task_id": self.task_id, "claim_id": self.claim_id}
-        self._site.reports.tell(began=True, **claim, limit_s=limit_s)
+        claim = (self.task_id, self.claim_id)
+        self._site.reports.tell(Word.BEGAN, claim, limit_s=self._row.time_limit_s)
 
     def _delegated(self, delegation: Delegation) -> str:
         self._record(
@@ -246,11 +267,18 @@ class Attempt:
 
         if writes or self._held.parent_id or self._held.concurrency_key:
             self._record(record)
-        else:
-            # Most tasks: one statement, so one round trip.
-            finish = statements.finish(self.task_id, self.claim_id, state, outcome, **values)
-            own = lifecycle.Ended(self.task_id, self._held.agent, state)
-            self._record_outcome(lambda: [own] if db.run(finish) else None)
+            return
+        ids = (self.task_id, self.claim_id)
+        if self._later is not None:
+            self.log.flush()
+            ended_at = time.monotonic()
+            ending = statements.Ending(*ids, state, outcome, self._began_at, ended_at, **values)
+            self._later.add(ending)
+            return
+        # Most tasks: one statement, so one round trip.
+        finish = statements.finish(*ids, state, outcome, **values)
+        own = lifecycle.Ended(self.task_id, self._held.agent, state)
+        self._record_outcome(lambda: [own] if db.run(finish) else None)
 
     def _requeue(self, outcome: Outcome, **charge: Any) -> None:
         self._record(
@@ -320,14 +348,24 @@ def perform(site: Site, action: Action[Any, Any], task_id: UUID) -> str:
     row = _claim(site, action, task_id, claim_id)
     # The time that a task waits to be alone is not its own.
     limit_s = math.inf if row.crashes else row.time_limit_s
-    site.reports.tell(began=True, task_id=task_id, claim_id=claim_id, limit_s=limit_s)
+    site.reports.tell(Word.BEGAN, (task_id, claim_id), limit_s=limit_s)
     try:
-        with log.fields(
-            agent=action.agent, action=action.name, task_id=str(task_id), attempt=row.attempt
-        ):
-            return Attempt(site, action, claim_id, row).run()
+        return run(site, action, claim_id, row)
     finally:
-        site.reports.tell(began=False, task_id=task_id, claim_id=claim_id)
+        site.reports.tell(Word.GONE, (task_id, claim_id))
+
+
+def run(
+    site: Site,
+    action: Action[Any, Any],
+    claim_id: UUID,
+    row: Row[Any],
+    later: Later | None = None,
+) -> str:
+    """Run what was claimed, with its fields in every log line; raises what `Attempt.run` does."""
+    names = {"agent": action.agent, "action": action.name}
+    with log.fields(**names, task_id=str(row.task_id), attempt=row.attempt):
+        return Attempt(site, action, claim_id, row, later).run()
 
 
 def adopt(
@@ -359,15 +397,7 @@ def adopt(
 
 def _claim(site: Site, action: Action[Any, Any], task_id: UUID, claim_id: UUID) -> Row[Any]:
     """Start an attempt; raises `NotClaimed`."""
-    identity = site.identity
-    claimant: dict[str, Any] = {
-        "agent": action.agent,
-        "action": action.name,
-        "claim_id": claim_id,
-        "worker": identity.name,
-        "worker_id": identity.worker_id,
-        "host": identity.host,
-    }
+    claimant = {**claimant_of(site, action), "claim_id": claim_id}
     row: Row[Any] | None = None
     # A task that is given up here waits for its next notice, and one whose claim was committed
     # while its answer got lost waits until the lease ends: so an outage is waited out.
@@ -375,10 +405,22 @@ def _claim(site: Site, action: Action[Any, Any], task_id: UUID, claim_id: UUID) 
         with attempt:
             row = _try_claim(action, task_id, claimant)
             if row is None and attempt.retry_state.attempt_number > 1:
-                row = next(iter(db.run(statements.claimed(task_id, claim_id))), None)
+                row = next(iter(db.run(statements.claimed({task_id: claim_id}))), None)
     if row is None:
         raise NotClaimed
     return row
+
+
+def claimant_of(site: Site, action: Action[Any, Any]) -> dict[str, Any]:
+    """Return who claims, as `statements.claim` wants it."""
+    identity = site.identity
+    return {
+        "agent": action.agent,
+        "action": action.name,
+        "worker": identity.name,
+        "worker_id": identity.worker_id,
+        "host": identity.host,
+    }
 
 
 def _try_claim(

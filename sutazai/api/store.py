@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from sqlalchemy import Executable, Row
     from sqlalchemy.ext.asyncio import AsyncConnection
 
+    from sutazai.db import Ready
+
 WITHIN_S = 2.5
 """An answer about PostgreSQL's absence is promised within 3 s."""
 
@@ -25,7 +27,7 @@ T = TypeVar("T")
 Work = Callable[["AsyncConnection"], Awaitable[T]]
 
 
-async def rows(statement: Executable, *, within_s: float = WITHIN_S) -> Sequence[Row[Any]]:
+async def rows(statement: Executable | Ready, *, within_s: float = WITHIN_S) -> Sequence[Row[Any]]:
     """Run one statement and return its rows; raises `DatabaseUnavailable` when that takes too long.
 
     Doing it twice must be harmless: it is tried again when it fails quickly.
@@ -33,7 +35,7 @@ async def rows(statement: Executable, *, within_s: float = WITHIN_S) -> Sequence
     return await _bounded(_again(lambda: db.async_run(statement), harmless=True), within_s)
 
 
-async def first(statement: Executable, *, within_s: float = WITHIN_S) -> Row[Any] | None:
+async def first(statement: Executable | Ready, *, within_s: float = WITHIN_S) -> Row[Any] | None:
     """Run one statement and return its first row, if it has one; else as `rows`."""
     return next(iter(await rows(statement, within_s=within_s)), None)
 

@@ -213,11 +213,11 @@ def cancel(
     rows = []
     for wanted in map(_task_id, task_ids):
         with db.transaction() as connection:
-            before = connection.execute(statements.result(wanted)).first()
+            before = connection.execute(*statements.result(wanted)).first()
             if before is None:
                 raise TaskNotFound(f"There is no task {wanted}.")
             ended = lifecycle.cancel(connection, wanted)
-            after = connection.execute(statements.result(wanted)).one()
+            after = connection.execute(*statements.result(wanted)).one()
         redis.announce_ended(ended)
         was_over = State(before.state).is_terminal
         result = f"had ended: {before.state}" if was_over else after.state

@@ -29,7 +29,8 @@ from sutazai.errors import (
     TaskFailed,
     TimeLimitExceeded,
 )
-from sutazai.keeper import Identity, Reports
+from sutazai.keeper import Identity
+from sutazai.reports import Reports
 
 agent = Agent("test-front", port=8199, doc="Is tested.")
 sampler = Agent("hardware-resource-optimizer", port=8002, doc="x", default_action="get_metrics")
@@ -110,7 +111,10 @@ class InlineWorker:
     def depth(self, agent: str) -> int | None:
         return 0
 
-    def ring(self, notices: Any) -> None:
+    def levels(self, agent: str) -> dict[int, int]:
+        return {}
+
+    def ring(self, notices: Any, pace: Any = None) -> None:
         for notice in notices:
             self.rung.put(notice)
 

@@ -17,8 +17,9 @@ from sutazai import admission, db, lifecycle, replay, statements, worker
 from sutazai.admission import Accepted
 from sutazai.agent import Action, Agent, Context, NoParams
 from sutazai.errors import KeyBusy, KeyReused, QueueDraining, QueueFull, TaskFailed
-from sutazai.keeper import Identity, Reports
+from sutazai.keeper import Identity
 from sutazai.models import new_id
+from sutazai.reports import Reports
 from sutazai.state import Outcome, State
 from sutazai.submission import Options, Submission
 

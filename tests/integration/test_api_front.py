@@ -211,7 +211,7 @@ def test_the_running_attempt_is_shown(front: Front) -> None:
 def claim(task_id: UUID) -> None:
     with db.transaction() as connection:
         row = connection.execute(
-            statements.claim(
+            *statements.claim(
                 task_id,
                 agent=agent.name,
                 action="add",

@@ -138,7 +138,7 @@ def test_pausing_and_resuming_a_queue(front: Front) -> None:
     resumed = front.client.post("/queue/resume").json()
     assert (resumed["paused"], resumed["depth"]) == (False, 1)
     assert [
-        row.task_id for row in db.run(statements.ring_overdue("test-front", 9, queue_empty=True))
+        row.task_id for row in db.run(statements.ring_overdue("test-front", 9, empty=range(10)))
     ]
 
 
@@ -356,7 +356,7 @@ def put_back(task_id: UUID) -> None:
     names = {"agent": agent.name, "action": "nothing", "worker": "x@here", "host": "here"}
     claim = statements.claim(task_id, claim_id=held.claim_id, worker_id=uuid4(), **names)
     with db.transaction() as connection:
-        connection.execute(claim).one()
+        connection.execute(*claim).one()
     with db.transaction() as connection:
         assert lifecycle.requeue(connection, held, Outcome.RELEASED) == []
 

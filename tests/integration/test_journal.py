@@ -13,7 +13,8 @@ from sutazai import admission, db, journal, statements
 from sutazai.agent import Agent, Context, NoParams
 from sutazai.bell import Notice
 from sutazai.errors import Unavailable
-from sutazai.keeper import Identity, Reports
+from sutazai.keeper import Identity
+from sutazai.reports import Reports
 from sutazai.submission import Submission
 from sutazai.testing import NoSystem
 from sutazai.worker import Requeued, Site, perform
@@ -68,7 +69,10 @@ class Silent:
     def depth(self, agent: str) -> int | None:
         return 0
 
-    def ring(self, notices: Sequence[Notice]) -> None:
+    def levels(self, agent: str) -> dict[int, int] | None:
+        return None
+
+    def ring(self, notices: Sequence[Notice], pace: Any = None) -> None:
         pass
 
 

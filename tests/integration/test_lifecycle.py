@@ -49,7 +49,7 @@ def claim(
     claim_id = uuid4()
     with db.transaction() as connection:
         row = connection.execute(
-            statements.claim(
+            *statements.claim(
                 task_id,
                 agent="tester",
                 action=action,
@@ -195,8 +195,8 @@ def test_a_live_lease_is_not_rescued_and_extending_keeps_it() -> None:
     assert rescue().tasks == 0
     expire_lease(task_id)
     with db.transaction() as connection:
-        kept = connection.execute(statements.extend([(task_id, claim_id)])).all()
-        foreign = connection.execute(statements.extend([(task_id, uuid4())])).all()
+        kept = connection.execute(*statements.extend([(task_id, claim_id)])).all()
+        foreign = connection.execute(*statements.extend([(task_id, uuid4())])).all()
     assert len(kept) == 1
     assert foreign == []
     assert rescue().tasks == 0
@@ -370,7 +370,7 @@ def test_ringing_takes_priority_then_age_and_each_row_once() -> None:
     assert set(_rung(statements.ring_unrung("tester", 2))) == {first, second}
     assert _rung(statements.ring_unrung("tester", 2)) == [low]
     assert _rung(statements.ring_unrung("tester", 2)) == []
-    assert _rung(statements.ring_overdue("tester", 10, queue_empty=False)) == []
+    assert _rung(statements.ring_overdue("tester", 10)) == []
 
 
 def test_a_row_whose_notice_was_lost_is_rung_again_with_growing_delays() -> None:
@@ -387,7 +387,7 @@ def test_a_row_whose_notice_was_lost_is_rung_again_with_growing_delays() -> None
                 .where(tasks.c.task_id == task_id)
                 .values(next_ring_at=text("now() - interval '1 hour'"))
             )
-        assert _rung(statements.ring_overdue("tester", 10, queue_empty=False)) == [task_id]
+        assert _rung(statements.ring_overdue("tester", 10)) == [task_id]
     assert delays == pytest.approx([15, 30, 60, 120, 240, 480, 600, 600], abs=1)
 
 
@@ -401,8 +401,8 @@ def test_while_the_queue_is_empty_back_off_does_not_count() -> None:
             .where(tasks.c.task_id == task_id)
             .values(rings=2, next_ring_at=text("now() + interval '14 seconds'"))
         )
-    assert _rung(statements.ring_overdue("tester", 10, queue_empty=False)) == []
-    assert _rung(statements.ring_overdue("tester", 10, queue_empty=True)) == [task_id]
+    assert _rung(statements.ring_overdue("tester", 10)) == []
+    assert _rung(statements.ring_overdue("tester", 10, empty=[5])) == [task_id]
 
 
 @pytest.mark.parametrize(
@@ -410,7 +410,7 @@ def test_while_the_queue_is_empty_back_off_does_not_count() -> None:
     [
         (statements.ring_unrung("tester", 10), "rings = 0"),
         (
-            statements.ring_overdue("tester", 10, queue_empty=False),
+            statements.ring_overdue("tester", 10),
             "rings = 1, next_ring_at = now() - interval '1 second'",
         ),
         (statements.become_due(10), "next_ring_at = NULL"),

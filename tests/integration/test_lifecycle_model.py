@@ -126,7 +126,7 @@ class Life(RuleBasedStateMachine):
             return multiple()  # pruned
         claimant["action"] = known.action
         with db.transaction() as connection:
-            row = connection.execute(statements.claim(task_id, **claimant)).first()
+            row = connection.execute(*statements.claim(task_id, **claimant)).first()
         if row is None:
             with db.transaction() as connection:
                 row = lifecycle.claim(connection, task_id, LIMITS, **claimant)

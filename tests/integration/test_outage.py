@@ -14,8 +14,9 @@ from sqlalchemy import Executable, text
 from sutazai import admission, db, statements, worker
 from sutazai.agent import Agent, Context, NoParams
 from sutazai.errors import DatabaseUnavailable
-from sutazai.keeper import Identity, Reports
+from sutazai.keeper import Identity
 from sutazai.relay import Relay
+from sutazai.reports import Reports, Word
 from sutazai.submission import Options, Submission
 
 pytestmark = pytest.mark.usefixtures("database")
@@ -49,6 +50,10 @@ def site() -> worker.Site:
     nothing: Any = None
     identity = Identity("tester@here", "tester", "here")
     return worker.Site(identity, Reports(), {"tester": agent}, nothing, nothing)
+
+
+def told(place: worker.Site) -> list[Word]:
+    return [report.word for report in place.reports.read()]
 
 
 def row(task_id: UUID) -> Any:
@@ -141,7 +146,7 @@ def test_an_outage_while_a_suspect_waits_to_be_alone_is_waited_out(answer_lost: 
     place = site()
     worker.perform(place, work, task_id)
     assert row(task_id).state == "succeeded"
-    assert [report.began for report in place.reports.read()] == [True, True, False]
+    assert told(place) == [Word.BEGAN, Word.BEGAN, Word.GONE]
 
 
 def test_an_outage_that_outlasts_a_suspect_leaves_no_report_open(
@@ -154,7 +159,7 @@ def test_an_outage_that_outlasts_a_suspect_leaves_no_report_open(
     place = site()
     with pytest.raises(worker.Unrecorded):
         worker.perform(place, work, task_id)
-    assert [report.began for report in place.reports.read()] == [True, False]
+    assert told(place) == [Word.BEGAN, Word.GONE]
 
 
 def test_what_was_rung_before_an_outage_is_rung_again_after_it() -> None:
@@ -170,13 +175,16 @@ def test_what_was_rung_before_an_outage_is_rung_again_after_it() -> None:
         def depth(self, _agent: str) -> int:
             return 1
 
+        def levels(self, _agent: str) -> dict[int, int]:
+            return {5: 1}
+
         def forgotten(self) -> None:
             return None
 
         def remember(self, _life: str) -> None:
             raise AssertionError
 
-        def ring(self, notices: Any) -> None:
+        def ring(self, notices: Any, pace: Any = None) -> None:
             self.notices += notices
 
     host = Identity("tester@here", "tester", "here")

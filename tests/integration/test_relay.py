@@ -1,5 +1,6 @@
 """The relay and the bell, on a real PostgreSQL and a real broker."""
 
+import gc
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -9,7 +10,7 @@ from kombu import Connection
 from sqlalchemy import select, text
 
 from sutazai import admission, db, redis, statements
-from sutazai.bell import WINDOW_MAX, WINDOW_MIN, window
+from sutazai.bell import TOGETHER_MAX, WINDOW_MAX, WINDOW_MIN, pace
 from sutazai.keeper import Identity
 from sutazai.models import services, tasks
 from sutazai.relay import Relay
@@ -75,11 +76,21 @@ def test_the_queue_holds_no_more_than_its_window(bell: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("drained_per_s", "slots", "size"),
-    [(0, 2, WINDOW_MIN), (200, 2, 400), (10_000, 2, WINDOW_MAX), (0, 300, 600)],
+    ("drained_per_s", "slots", "window", "together"),
+    [
+        (0, 2, WINDOW_MIN, 1),
+        (30, 2, WINDOW_MIN, 1),
+        (200, 2, 400, 5),
+        (10_000, 2, WINDOW_MAX, TOGETHER_MAX),
+        (0, 300, 600, 1),
+    ],
 )
-def test_the_window_follows_the_speed(drained_per_s: float, slots: int, size: int) -> None:
-    assert window(drained_per_s, slots) == size
+def test_the_pace_follows_the_speed(
+    drained_per_s: float, slots: int, window: int, together: int
+) -> None:
+    found = pace(drained_per_s, slots, is_behind=True)
+    assert found == (window, together, True)
+    assert type(found).read(str(found)) == found
 
 
 def test_urgent_notices_are_served_first(bell: Any) -> None:
@@ -216,6 +227,7 @@ def test_a_connection_that_is_given_up_is_closed(database: Servers) -> None:
     bell = CeleryBell(app)
     assert bell.depth(AGENT) == 0
     connection = bell._reading
+    gc.collect()  # connections of others that nobody holds any more
     before = clients()
     assert all(_broker_answers() for _ in range(5))
     assert clients() == before

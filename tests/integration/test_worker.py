@@ -15,8 +15,9 @@ from sutazai import admission, db, lifecycle, statements, worker
 from sutazai.agent import Agent, Context, Delegation, NoParams
 from sutazai.bell import Notice
 from sutazai.errors import InvalidInput, LeaseLost, TaskCancelled, TaskFailed, Unavailable
-from sutazai.keeper import STUCK_S, Identity, Keeper, Reports
+from sutazai.keeper import STUCK_S, Identity, Keeper
 from sutazai.models import new_id, queues, tasks, workers
+from sutazai.reports import Reports, Word
 from sutazai.state import State
 from sutazai.submission import Options, Submission
 from sutazai.testing import NoSystem
@@ -105,7 +106,10 @@ class Silent:
     def depth(self, agent: str) -> int | None:
         return 0
 
-    def ring(self, notices: Sequence[Notice]) -> None:
+    def levels(self, agent: str) -> dict[int, int] | None:
+        return None
+
+    def ring(self, notices: Sequence[Notice], pace: Any = None) -> None:
         self.rung += notices
 
 
@@ -145,9 +149,9 @@ def test_success(site: Site) -> None:
 def test_both_ends_of_an_attempt_are_reported(site: Site) -> None:
     run(site, double)
     reports = site.reports.read()
-    assert [report[0] for report in reports] == [True, False]
-    assert reports[0][1] == last().task_id
-    assert reports[0][4] == 60.0
+    assert [report.word for report in reports] == [Word.BEGAN, Word.GONE]
+    assert reports[0].task_id == last().task_id
+    assert reports[0].limit_s == 60.0
 
 
 def test_a_second_notice_does_nothing(site: Site) -> None:
@@ -363,7 +367,7 @@ def test_a_new_worker_takes_over_at_once_what_its_dead_predecessor_ran(site: Sit
         admission.accept(connection, submission, rung=True)
         connection.execute(statements.enlist({**dead.row, "slots": 1}))
         connection.execute(
-            statements.claim(
+            *statements.claim(
                 submission.task_id,
                 agent="tester",
                 action="double",

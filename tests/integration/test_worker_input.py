@@ -14,7 +14,8 @@ from pydantic import BaseModel
 from sutazai import admission, db, statements, worker
 from sutazai.agent import Agent, Context, NoParams
 from sutazai.errors import TaskFailed
-from sutazai.keeper import Identity, Reports
+from sutazai.keeper import Identity
+from sutazai.reports import Reports
 from sutazai.submission import Submission
 from sutazai.testing import NoSystem
 from tests.integration.test_worker import Silent

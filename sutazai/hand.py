@@ -1,0 +1,222 @@
+"""A hand: several short tasks that one notice names, and one process takes together.
+
+To hand a short task over costs more than to run it. So where a queue is drained quickly, a notice
+names as many tasks as a slot drains in a moment (`bell.Pace`). They are claimed by one statement,
+run one after the other, and their outcomes recorded by another one. Each is still a task of its
+own: it has its claim, its limit and its place, and one that takes long lets go of those behind it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, NamedTuple
+from uuid import UUID, uuid4
+
+from sutazai import db, lifecycle, log, redis, statements
+from sutazai.agent import Action
+from sutazai.errors import DatabaseUnavailable, LeaseLost, TaskCancelled, TaskFailed
+from sutazai.reports import Word
+from sutazai.state import Outcome, State
+from sutazai.worker import (
+    _PATIENTLY,
+    NotClaimed,
+    Requeued,
+    Site,
+    Unrecorded,
+    claimant_of,
+    perform,
+    run,
+)
+
+if TYPE_CHECKING:
+    from sqlalchemy import Row
+
+LATE_S = 0.5
+"""What has waited for its turn so long is put back, for whoever is free; before the keeper does."""
+
+GATHER_S = 0.05
+"""How long an outcome waits at most for those that are recorded together with it."""
+
+_logger = log.get(__name__)
+
+_Taken = tuple[UUID, "Row[Any]"]
+
+
+class Told(NamedTuple):
+    """How a task of a hand went, for those who watch the worker."""
+
+    task_id: UUID
+    state: State
+    ran_s: float
+    text: str
+
+
+def perform_all(site: Site, action: Action[Any, Any], task_ids: Sequence[UUID]) -> list[Told]:
+    """Run the tasks that a notice has announced; those that cannot be taken so, one by one.
+
+    Raises `NotClaimed` when there is nothing to do here.
+    """
+    if action.agent != site.identity.agent:
+        raise NotClaimed  # a message that lay on the wrong queue
+    claims = {task_id: uuid4() for task_id in task_ids}
+    rows = _claim_all(site, action, claims)
+    taken = deque((claims[each], rows[each]) for each in claims if each in rows)
+    told = _run_all(site, action, taken) if taken else []
+    for task_id in claims:
+        if task_id not in rows:
+            with suppress(NotClaimed):
+                told.append(_tell(task_id, perform, site, action, task_id))
+    if not told:
+        raise NotClaimed
+    return told
+
+
+def _run_all(site: Site, action: Action[Any, Any], taken: deque[_Taken]) -> list[Told]:
+    taken_at = time.monotonic()
+    endings = Endings(site)
+    told: list[Told] = []
+    site.reports.tell(Word.TAKEN, *((row.task_id, claim_id) for claim_id, row in taken))
+    try:
+        while taken and time.monotonic() - taken_at < LATE_S:
+            claim_id, row = taken.popleft()
+            claim = (row.task_id, claim_id)
+            site.reports.tell(Word.BEGAN, claim, limit_s=row.time_limit_s)
+            try:
+                told.append(_tell(row.task_id, run, site, action, claim_id, row, endings))
+            finally:
+                if not endings.has(claim_id):
+                    site.reports.tell(Word.GONE, claim)
+    finally:
+        endings.flush()
+        _put_back(site, taken)
+    return told
+
+
+def _tell(task_id: UUID, work: Callable[..., str], *arguments: Any) -> Told:
+    """Do the work of one task, whose failure is no other one's."""
+    began = time.monotonic()
+    state, said = State.SUCCEEDED, ""
+    try:
+        said = work(*arguments)
+    except TaskCancelled as error:
+        state, said = State.CANCELLED, str(error)
+    except TaskFailed as error:
+        state, said = State.FAILED, str(error)
+    except (Requeued, LeaseLost):
+        state = State.QUEUED
+    except (DatabaseUnavailable, Unrecorded) as error:
+        # The row is still queued, or its lease runs out: the relay sees to it.
+        state = State.QUEUED
+        _logger.warning("PostgreSQL is away", reason=str(error))
+    return Told(task_id, state, round(time.monotonic() - began, 6), said)
+
+
+def _claim_all(
+    site: Site, action: Action[Any, Any], claims: Mapping[UUID, UUID]
+) -> dict[UUID, Row[Any]]:
+    """Start attempts of several plain tasks, given with the ids of their claims; as `perform` does.
+
+    Returns the rows of those that were claimed, by their ids.
+    """
+    claimant = claimant_of(site, action)
+    rows: dict[UUID, Row[Any]] = {}
+    for attempt in _PATIENTLY:
+        with attempt:
+            found = [*db.run(statements.claim_many(claims, **claimant))]
+            if attempt.retry_state.attempt_number > 1:
+                found += db.run(statements.claimed(claims))
+            rows = {row.task_id: row for row in found}
+    return rows
+
+
+def _put_back(site: Site, taken: deque[_Taken]) -> None:
+    """Let go of what has not begun; charged to nobody."""
+    if not taken:
+        return
+    agent = site.identity.agent
+    try:
+        for claim_id, row in taken:
+            held = lifecycle.Claim(row.task_id, claim_id, agent, row.parent_id, None)
+            with db.transaction() as connection:
+                ended = lifecycle.requeue(connection, held, Outcome.RELEASED)
+            redis.announce_ended(ended or [])
+    except DatabaseUnavailable as error:
+        _logger.warning("tasks are left to their leases", tasks=len(taken), reason=str(error))
+    site.reports.tell(Word.GONE, *((row.task_id, claim_id) for claim_id, row in taken))
+
+
+class Endings:
+    """Outcomes of one process that are recorded together, each soon after it came."""
+
+    def __init__(self, site: Site) -> None:
+        self._site = site
+        self._waiting: list[statements.Ending] = []
+        self._adding = threading.Lock()
+        self._recording = threading.Lock()
+        self._timer: threading.Timer | None = None
+
+    def add(self, ending: statements.Ending) -> None:
+        """Take an outcome that is to be recorded."""
+        self._site.reports.tell(Word.DONE, (ending.task_id, ending.claim_id))
+        with self._adding:
+            self._waiting.append(ending)
+            if self._timer is None:
+                self._timer = threading.Timer(GATHER_S, self.flush)
+                self._timer.daemon = True
+                self._timer.start()
+
+    def has(self, claim_id: UUID) -> bool:
+        """Whether this attempt's outcome waits to be recorded."""
+        with self._adding:
+            return any(ending.claim_id == claim_id for ending in self._waiting)
+
+    def flush(self) -> None:
+        """Record what has come; what PostgreSQL cannot take, or takes from another, is logged."""
+        with self._recording:
+            with self._adding:
+                endings, self._waiting = self._waiting, []
+                timer, self._timer = self._timer, None
+            if timer is not None:
+                timer.cancel()
+            if not endings:
+                return
+            try:
+                self._record(endings)
+            except DatabaseUnavailable as error:
+                _logger.warning("outcomes are not recorded", tasks=len(endings), reason=str(error))
+            claims = [(ending.task_id, ending.claim_id) for ending in endings]
+            self._site.reports.tell(Word.GONE, *claims)
+
+    def _record(self, endings: Sequence[statements.Ending]) -> None:
+        try:
+            recorded = self._finish(endings)
+        except db.REFUSALS as error:
+            if len(endings) > 1:
+                for ending in endings:  # one is at fault, and the others must not pay for it
+                    self._record([ending])
+                return
+            refused = endings[0]._replace(
+                state=State.FAILED,
+                outcome=Outcome.FAILED,
+                result=None,
+                error=lifecycle.error_json(error),
+            )
+            recorded = self._finish([refused])
+        if len(recorded) < len(endings):
+            _logger.warning("outcomes refused: the attempts had lost their leases")
+        agent = self._site.identity.agent
+        redis.announce_ended([lifecycle.Ended(row.task_id, agent, row.state) for row in recorded])
+
+    def _finish(self, endings: Sequence[statements.Ending]) -> Sequence[Any]:
+        recorded: Sequence[Any] = ()
+        for attempt in _PATIENTLY:
+            with attempt:
+                recorded = db.run(statements.finish_many(endings, time.monotonic()))
+                if attempt.retry_state.attempt_number > 1:
+                    # A commit that raises is uncertain: it may have happened.
+                    recorded = db.run(statements.outcomes_of(endings))
+        return recorded
