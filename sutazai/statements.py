@@ -180,10 +180,11 @@ def accept_many(rows: Sequence[Mapping[str, Any]], *, rung: Collection[UUID] = (
     `rung`: the ids of those for which the caller publishes a notice right after the commit.
     Returns the ids of those that were inserted.
     """
-    plain = [
-        {**_NO_OPTIONS, "labels": {}, "rings": int(row["task_id"] in rung), **row} for row in rows
-    ]
-    return Ready(_ACCEPT_MANY, {"rows": payload.dumps(plain), "first_ring_s": FIRST_RING_S})
+    # What a row leaves out is null.
+    told = (
+        [{**row, "rings": 1} if row["task_id"] in rung else row for row in rows] if rung else rows
+    )
+    return Ready(_ACCEPT_MANY, {"rows": payload.dumps(told), "first_ring_s": FIRST_RING_S})
 
 
 _ACCEPT_MANY = text(
@@ -191,13 +192,14 @@ _ACCEPT_MANY = text(
     {_INSERT}
     SELECT
         r.task_id, r.agent, r.action, r.params, r.priority, r.max_attempts, r.time_limit_s,
-        r.rerun_after_crash, r.source, r.labels, r.parent_id, r.call_index, r.retry_of,
+        r.rerun_after_crash, r.source, coalesce(r.labels, '{{}}'), r.parent_id, r.call_index,
+        r.retry_of,
         r.scheduled_by, r.tick_at, r.host, r.idempotency_key, r.concurrency_key, r.callback_url,
         coalesce(r.run_at, now()),
         coalesce(r.deadline_at, now() + make_interval(secs => r.deadline_in_s)),
-        r.rings,
+        coalesce(r.rings, 0),
         CASE WHEN coalesce(r.run_at, now()) <= now()
-             THEN now() + make_interval(secs => r.rings * :first_ring_s) END
+             THEN now() + make_interval(secs => coalesce(r.rings, 0) * :first_ring_s) END
     FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS r(
         task_id uuid, agent text, action text, params jsonb, priority smallint,
         max_attempts integer, time_limit_s float8, rerun_after_crash boolean, source text,

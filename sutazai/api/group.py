@@ -1,6 +1,6 @@
 """Group commit: requests that arrive together share one INSERT, and one wait for the disk.
 
-While the writers are busy, rows wait for each other; a row that comes alone waits for nobody.
+While the writer is busy, rows wait for each other; a row that comes alone waits for nobody.
 """
 
 from __future__ import annotations
@@ -13,9 +13,6 @@ from sutazai import statements
 from sutazai.api import store
 from sutazai.errors import DatabaseUnavailable
 from sutazai.submission import Submission
-
-WRITERS = 2
-"""Two, so that one group is made ready while the other waits for the disk."""
 
 MOST = 100
 """Rows of one INSERT: more would make the first of them wait too long."""
@@ -32,7 +29,7 @@ class Group:
 
     def __init__(self) -> None:
         self._waiting: deque[_Waiting] = deque()
-        self._writers: set[asyncio.Task[None]] = set()
+        self._writer: asyncio.Task[None] | None = None
 
     async def insert(self, submission: Submission, *, rung: bool) -> bool:
         """Insert a task's row, committed; False: there is a reason why not, or it is there already.
@@ -42,10 +39,8 @@ class Group:
         """
         inserted = asyncio.get_running_loop().create_future()
         self._waiting.append(_Waiting(submission, rung, inserted))
-        if len(self._writers) < WRITERS:
-            writer = asyncio.create_task(self._write())
-            self._writers.add(writer)
-            writer.add_done_callback(self._writers.discard)
+        if self._writer is None or self._writer.done():
+            self._writer = asyncio.create_task(self._write())
         try:
             return await asyncio.wait_for(inserted, store.WITHIN_S)
         except TimeoutError:

@@ -52,7 +52,7 @@ class ProcessQuery(BaseModel):
 async def process(request: Request) -> Response:
     """Perform an action and answer with its result, or with 202 when that takes too long."""
     front = front_of(request)
-    query = parse_query(ProcessQuery, request) if request.url.query else ProcessQuery()
+    query = parse_query(ProcessQuery, request) if request.scope["query_string"] else ProcessQuery()
     body = await read_object(request)
     key = read_key(request, body.pop("request_id", None), "request_id")
     submission = _submission(front, body, query, key)

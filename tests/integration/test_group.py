@@ -12,7 +12,7 @@ from sqlalchemy import text
 from sutazai import db, statements
 from sutazai.agent import Agent, Context, NoParams
 from sutazai.api import store
-from sutazai.api.group import MOST, WRITERS, Group
+from sutazai.api.group import MOST, Group
 from sutazai.errors import DatabaseUnavailable
 from sutazai.submission import Options, Submission
 
@@ -54,7 +54,7 @@ def test_rows_that_come_together_share_their_commits() -> None:
     wanted = [submission(labels={"n": str(number)}) for number in range(3 * MOST)]
     assert run(insert(Group(), wanted)) == [True] * len(wanted)
     assert scalar("SELECT count(*) FROM tasks") == len(wanted)
-    assert scalar("SELECT count(DISTINCT xmin::text) FROM tasks") <= 3 + WRITERS
+    assert scalar("SELECT count(DISTINCT xmin::text) FROM tasks") <= 3 + 1
     assert scalar("SELECT count(*) FROM tasks WHERE rings = 1") == len(wanted) / 2
     in_s = "extract(epoch FROM next_ring_at - created_at)::int"
     assert scalar(f"SELECT DISTINCT {in_s} FROM tasks WHERE rings = 1") == 15
@@ -85,16 +85,14 @@ def test_who_has_given_up_waiting_is_not_inserted_later(monkeypatch: pytest.Monk
         group = Group()
         with db.transaction() as connection:
             connection.execute(text("LOCK TABLE tasks IN ACCESS EXCLUSIVE MODE"))
-            inserts = []
-            for busy in range(1, WRITERS + 1):
-                inserts.append(asyncio.create_task(insert(group, [submission()])))
-                while len(group._writers) < busy or group._waiting:  # noqa: ASYNC110 - a few turns of the loop
-                    await asyncio.sleep(0)
+            inserts = [asyncio.create_task(insert(group, [submission()]))]
+            while group._writer is None or group._waiting:  # noqa: ASYNC110 - a few turns of the loop
+                await asyncio.sleep(0)
             inserts += [asyncio.create_task(insert(group, [submission()])) for _ in range(5)]
             found = [each for [each] in await asyncio.gather(*inserts)]
-        while group._writers:
-            await asyncio.wait(group._writers)
+        assert group._writer
+        await group._writer
         assert all(isinstance(each, DatabaseUnavailable) for each in found)
-        assert scalar("SELECT count(*) FROM tasks") <= WRITERS
+        assert scalar("SELECT count(*) FROM tasks") <= 1
 
     run(wait_behind_a_lock())
