@@ -81,15 +81,17 @@ def _run_all(site: Site, action: Action[Any, Any], taken: deque[_Taken]) -> list
     told: list[Told] = []
     site.reports.tell(Word.TAKEN, *((row.task_id, claim_id) for claim_id, row in taken))
     try:
-        while taken and time.monotonic() - taken_at < LATE_S:
+        while taken:
             claim_id, row = taken.popleft()
             claim = (row.task_id, claim_id)
             site.reports.tell(Word.BEGAN, claim, limit_s=row.time_limit_s)
             try:
                 told.append(_tell(row.task_id, run, site, action, claim_id, row, endings))
             finally:
-                if not endings.has(claim_id):
+                if claim_id not in endings.given:
                     site.reports.tell(Word.GONE, claim)
+            if time.monotonic() - taken_at > LATE_S:
+                break
     finally:
         endings.flush()
         _put_back(site, taken)
@@ -155,6 +157,9 @@ class Endings:
     def __init__(self, site: Site) -> None:
         self._site = site
         self._waiting: list[statements.Ending] = []
+        self.given: set[UUID] = set()
+        """The claims whose outcomes are recorded here, or have been."""
+
         self._adding = threading.Lock()
         self._recording = threading.Lock()
         self._timer: threading.Timer | None = None
@@ -162,17 +167,13 @@ class Endings:
     def add(self, ending: statements.Ending) -> None:
         """Take an outcome that is to be recorded."""
         self._site.reports.tell(Word.DONE, (ending.task_id, ending.claim_id))
+        self.given.add(ending.claim_id)
         with self._adding:
             self._waiting.append(ending)
             if self._timer is None:
                 self._timer = threading.Timer(GATHER_S, self.flush)
                 self._timer.daemon = True
                 self._timer.start()
-
-    def has(self, claim_id: UUID) -> bool:
-        """Whether this attempt's outcome waits to be recorded."""
-        with self._adding:
-            return any(ending.claim_id == claim_id for ending in self._waiting)
 
     def flush(self) -> None:
         """Record what has come; what PostgreSQL cannot take, or takes from another, is logged."""

@@ -24,12 +24,16 @@ import psycopg
 import pytest
 import redis
 
+from sutazai import admission, db, statements
+from sutazai.bell import TOGETHER_MAX, Pace
 from sutazai.embedded import Layout
+from sutazai.submission import Submission
 from tests.conftest import Servers, free_port
 from tests.integration.pools import prefork
 from tests.integration.served import until
 
 AGENT = prefork.name
+NAP = prefork.get("nap")
 TASKS = 20
 
 
@@ -234,6 +238,29 @@ def test_a_task_that_nobody_waits_for_costs_no_more(place: Place) -> None:
     asked = {"position", "show", *_BY_TIME}
     verbs = verbs_of(log, task_id)
     assert [verb for verb in verbs if verb not in asked] == ["accept", "claim", "finish"]
+
+
+def test_sixteen_tasks_of_one_message_cost_as_many_statements_as_one(place: Place) -> None:
+    place.trip()
+    wanted = [Submission(NAP, {"seconds": 0.0}) for _ in range(TOGETHER_MAX)]
+    with db.transaction() as connection:
+        for submission in wanted:
+            admission.accept(connection, submission, rung=True)
+    log = Log(Layout(place.servers.home).log("postgresql"))
+    commands = Commands(place.servers.broker_url)
+    from sutazai.celery import app
+    from sutazai.ringer import CeleryBell
+
+    bell = CeleryBell(app)
+    with commands.gathered():
+        bell.ring([submission.notice for submission in wanted], Pace(together=TOGETHER_MAX))
+        ids = [submission.task_id for submission in wanted]
+        until(lambda: len(db.run(statements.ended(ids))) == TOGETHER_MAX, 60)
+        bell.close()
+    verbs = [each.verb for each in log.statements() if str(ids[-1]) in each.parameters]
+    assert [verb for verb in verbs if verb not in _BY_TIME] == ["claim", "finish"]
+    assert commands.names(str(ids[-1])) == ["LPUSH", "PUBLISH"]
+    assert commands.names("LPUSH") == ["LPUSH"]
 
 
 def test_a_look_at_a_task_costs_one_statement(place: Place) -> None:

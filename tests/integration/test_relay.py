@@ -10,7 +10,7 @@ from kombu import Connection
 from sqlalchemy import select, text
 
 from sutazai import admission, db, redis, statements
-from sutazai.bell import TOGETHER_MAX, WINDOW_MAX, WINDOW_MIN, pace
+from sutazai.bell import TOGETHER_MAX, WINDOW_MAX, WINDOW_MIN, Pace, pace
 from sutazai.keeper import Identity
 from sutazai.models import services, tasks
 from sutazai.relay import Relay
@@ -91,6 +91,63 @@ def test_the_pace_follows_the_speed(
     found = pace(drained_per_s, slots, is_behind=True)
     assert found == (window, together, True)
     assert type(found).read(str(found)) == found
+
+
+def test_a_queue_that_is_drained_quickly_is_told_of_several_tasks_by_one_message(bell: Any) -> None:
+    accept(10)
+    accept(concurrency_key="alone")
+    relay = Relay(bell)
+    relay._paces[AGENT] = Pace(together=4)
+    assert relay.round() == 11
+    assert depth(bell) == 4, "of 4, 4, 2 and 1"
+    assert bell.levels(AGENT) == {5: 16} | {priority: 0 for priority in range(10) if priority != 5}
+    assert rings() == [1] * 11
+
+
+def test_what_is_more_urgent_is_rung_although_the_window_is_full(bell: Any) -> None:
+    accept(WINDOW_MIN + 10)
+    relay = Relay(bell)
+    assert relay.round() == WINDOW_MIN
+    assert depth(bell) == WINDOW_MIN
+    accept(20, priority=9)
+    assert relay.round() == 4, "two a slot, of the level that is empty"
+    assert depth(bell) == WINDOW_MIN + 4
+    assert relay.round() == 0
+
+
+def test_notices_rung_in_vain_keep_no_new_ones_out(bell: Any) -> None:
+    accept(WINDOW_MIN)
+    relay = Relay(bell)
+    relay.round()
+    depth(bell)
+    accept(WINDOW_MIN, priority=4)
+    late = text("UPDATE tasks SET next_ring_at = now() - interval '1 s' WHERE priority = 5")
+    db.run(late)
+    broker = redis.client()
+    assert broker
+    for _ in range(40):  # a worker has taken these, and runs long
+        broker.rpop(f"{AGENT}\x06\x164")
+    assert relay.round() == 40
+    again = text("SELECT count(*) FROM tasks WHERE rings = 1 AND priority = 4")
+    assert db.run(again)[0][0] == 30
+
+
+def test_new_tasks_wait_behind_those_that_were_never_rung(bell: Any) -> None:
+    accept(WINDOW_MIN + 1)
+    relay = Relay(bell)
+    relay.round()
+    depth(bell)
+    broker = redis.client()
+    assert broker
+    broker.ltrim(f"{AGENT}\x06\x164", 0, 9)  # drained, but for ten
+    asked = threading.Event()
+    while bell.room(AGENT, 5):  # the first answer is a guess
+        assert not asked.wait(0.05)
+    assert bell.room(AGENT, 9)
+    relay.round()
+    assert depth(bell) == 11
+    while not bell.room(AGENT, 5):
+        assert not asked.wait(0.05)
 
 
 def test_urgent_notices_are_served_first(bell: Any) -> None:
