@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import httpx
 import psutil
@@ -46,10 +48,22 @@ def eventually(condition: Callable[[], Any], within_s: float, what: str = "") ->
         time.sleep(0.05)
 
 
+_kept: dict[int, IO[str]] = {}
+"""Files locked by this process, an offset each, so that no other suite takes it meanwhile."""
+
+
 def free_offset(start: int = 2000) -> int:
     """Return an offset under which every port of the system is free."""
     ports = [*AGENTS.values(), *EXTRA.values(), *STORES.values()]
     for offset in range(start, 30_000, 500):
+        if offset not in _kept:
+            file = Path(tempfile.gettempdir(), f"sutazai-offset-{offset}").open("a")  # noqa: SIM115 - kept
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.close()
+                continue
+            _kept[offset] = file
         try:
             for port in ports:
                 with socket.socket() as probe:
