@@ -54,13 +54,9 @@ def accept(
     if known is not None:
         return known
     _check_room(connection, submission, limit)
-    joined, replaced = _resolve_conflict(connection, submission)
-    if joined is not None:
-        if submission.options.idempotency_key is not None:
-            # From now on the key stands for that task, also when it has ended.
-            row = submission.row | {"task_id": joined}
-            connection.execute(statements.reserve_keys([row]))
-        return Accepted(joined, fresh=False)
+    stands, replaced = _resolve_conflict(connection, submission)
+    if stands is not None:
+        return stands
     statement = statements.accept(submission.row, rung=rung)
     if connection.execute(statement).first() is not None:
         return Accepted(submission.task_id, fresh=True, replaced=replaced)
@@ -189,10 +185,10 @@ def _draining(agent: str) -> QueueDraining:
 
 def _resolve_conflict(
     connection: Connection, submission: Submission
-) -> tuple[UUID | None, Sequence[lifecycle.Ended]]:
+) -> tuple[Accepted | None, Sequence[lifecycle.Ended]]:
     """Do what `on_conflict` says about unfinished tasks of the same concurrency key.
 
-    Returns the task to join, if one is to be joined, and what was cancelled at once.
+    Returns the task that stands for this submission, if one does, and what was cancelled at once.
     """
     options = submission.options
     if not options.resolves_conflict or options.concurrency_key is None:
@@ -201,14 +197,19 @@ def _resolve_conflict(
     key = (action.agent, options.concurrency_key)
     # The lock keeps two submissions from both finding nothing.
     connection.execute(statements.lock_key(*key, action.key_slots, action.key_rate_per_s))
+    # An equal request may have been accepted while the lock was waited for; its task is our own.
+    known = _replay(connection, submission)
+    if known is not None:
+        return known, ()
     unfinished = connection.execute(statements.unfinished_of_key(*key)).scalars().all()
     if not unfinished:
         return None, ()
     if submission.task_id in unfinished:
-        return submission.task_id, ()  # it was accepted before, and its answer got lost
+        # It was accepted before, and its answer got lost.
+        return Accepted(submission.task_id, fresh=False), ()
     match options.on_conflict:
         case "join":
-            return unfinished[-1], ()
+            return _join(connection, submission, unfinished[-1]), ()
         case "replace":
             ended: list[lifecycle.Ended] = []
             for task_id in unfinished:
@@ -220,3 +221,11 @@ def _resolve_conflict(
                 "has not ended yet.",
                 details=[str(task_id) for task_id in unfinished[:10]],
             )
+
+
+def _join(connection: Connection, submission: Submission, task_id: UUID) -> Accepted:
+    """Let an unfinished task stand for a submission, and for its key also when it has ended."""
+    if submission.options.idempotency_key is not None:
+        row = submission.row | {"task_id": task_id}
+        connection.execute(statements.reserve_keys([row]))
+    return Accepted(task_id, fresh=False)

@@ -127,19 +127,39 @@ def test_a_key_is_one_task() -> None:
     assert scalar("SELECT count(*) FROM tasks") == 1
 
 
-def test_a_hundred_equal_requests_at_once_are_one_task() -> None:
+@pytest.mark.parametrize(
+    "conflict",
+    [{}] + [{"concurrency_key": "c", "on_conflict": how} for how in ("reject", "join", "replace")],
+)
+def test_a_hundred_equal_requests_at_once_are_one_task(conflict: dict[str, Any]) -> None:
     begin = threading.Barrier(8)
 
     def ask(_: int) -> Accepted:
         with suppress(threading.BrokenBarrierError):
             begin.wait(1)
-        return accept(idempotency_key="k")
+        return accept(idempotency_key="k", **conflict)
 
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(ask, range(100)))
     assert sum(answer.fresh for answer in answers) == 1
     assert len({answer.task_id for answer in answers}) == 1
-    assert scalar("SELECT count(*) FROM tasks") == 1
+    assert query("SELECT state FROM tasks").scalars().all() == ["queued"]
+
+
+@pytest.mark.parametrize("how", ["reject", "join", "replace"])
+def test_an_equal_request_that_waits_for_the_key_is_the_first_ones_task(how: str) -> None:
+    options = {"idempotency_key": "k", "concurrency_key": "c", "on_conflict": how}
+    first = Submission(work, {}, Options.model_validate(options))
+    with ThreadPoolExecutor(1) as pool:
+        with db.transaction() as connection:
+            admission.accept(connection, first, rung=False)
+            second = pool.submit(accept, **options)
+            _until(lambda: scalar(_WAITING))
+        assert second.result(20).task_id == first.task_id
+    assert query("SELECT state FROM tasks").scalars().all() == ["queued"]
+
+
+_WAITING = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
 
 
 @pytest.mark.parametrize("other", [{"number": 1}, {"priority": 6}, {"action": pair}])
