@@ -195,9 +195,7 @@ def test_two_beats_make_one_task_a_tick(bell: Any) -> None:
 def test_the_bell_of_a_command_that_ends_at_once_still_rings(bell: Any) -> None:
     from sutazai.celery import find_action, submit
 
-    action = find_action(f"{AGENT}.describe")
-    assert action
-    assert submit(Submission(action, {}, Options()))
+    assert submit(Submission(find_action(f"{AGENT}.describe"), {}, Options()))
     from sutazai import celery
 
     celery.bell().close()
