@@ -6,6 +6,7 @@ within one transaction; fronts run it through `AsyncConnection.run_sync`.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 from uuid import UUID
@@ -47,13 +48,13 @@ def accept(
 ) -> Accepted:
     """Insert a task, or find the one that it repeats. `rung`: the caller rings after the commit.
 
-    limit: refuse when the queue holds so many due tasks. Raises `KeyReused`, `KeyBusy`,
+    limit: refuse when the queue would hold more due tasks. Raises `KeyReused`, `KeyBusy`,
     `QueueFull` and `QueueDraining`; then nothing was stored. The same submission twice is one task.
     """
     known = _replay(connection, submission)
     if known is not None:
         return known
-    _check_room(connection, submission, limit)
+    _check_room(connection, [submission], limit)
     stands, replaced = _resolve_conflict(connection, submission)
     if stands is not None:
         return stands
@@ -79,33 +80,26 @@ def accept_many(
 ) -> list[UUID]:
     """Insert many tasks, all or none, and return their ids in order; the relay rings them.
 
-    Raises as `accept` does.
+    Raises as `accept` does; then the caller rolls back.
     """
-    for submission in {submission.action.agent: submission for submission in submissions}.values():
-        _check_room(connection, submission, limit)
-    ids: dict[int, UUID] = {}
     plain: list[Submission] = []
-    careful: list[tuple[int, Submission]] = []
-    for index, submission in enumerate(submissions):
-        if submission.options.resolves_conflict:
-            careful.append((index, submission))
-        else:
-            plain.append(submission)
-            ids[index] = submission.task_id
+    careful: list[Submission] = []
+    for submission in submissions:
+        (careful if submission.options.resolves_conflict else plain).append(submission)
     taken = _reserve(connection, plain)
-    for index, submission in enumerate(submissions):
-        if submission.task_id in taken:
-            ids[index] = taken[submission.task_id]
-    fresh = [submission.row for submission in plain if submission.task_id not in taken]
+    ids = {submission.task_id: submission.task_id for submission in plain} | taken
+    fresh = [submission for submission in plain if submission.task_id not in taken]
+    _check_room(connection, fresh, limit)
     for start in range(0, len(fresh), CHUNK):
-        chunk = fresh[start : start + CHUNK]
+        chunk = [submission.row for submission in fresh[start : start + CHUNK]]
         inserted = connection.execute(statements.accept_many(chunk)).all()
         if len(inserted) < len(chunk):
             raise _draining(chunk[0]["agent"])  # it did just now
     # In one order, as the keys before: each locks its concurrency key.
-    for index, submission in sorted(careful, key=lambda item: str(item[1].options.concurrency_key)):
-        ids[index] = accept(connection, submission, rung=False).task_id
-    return [ids[index] for index in range(len(submissions))]
+    for submission in sorted(careful, key=lambda each: str(each.options.concurrency_key)):
+        accepted = accept(connection, submission, rung=False, limit=limit)
+        ids[submission.task_id] = accepted.task_id
+    return [ids[submission.task_id] for submission in submissions]
 
 
 def _reserve(connection: Connection, submissions: Sequence[Submission]) -> dict[UUID, UUID]:
@@ -166,15 +160,23 @@ def _reused(key: str, task_id: UUID) -> KeyReused:
     )
 
 
-def _check_room(connection: Connection, submission: Submission, limit: int | None = None) -> None:
-    if submission.parent_id:
-        return  # without its children a task that is there already could not end
-    agent = submission.action.agent
-    found = connection.execute(statements.admission(agent, limit)).one()
-    if found.draining:
-        raise _draining(agent)
-    if found.is_full:
-        raise QueueFull(f"The queue {agent} holds {limit} due tasks already; try again later.")
+def _check_room(
+    connection: Connection, submissions: Sequence[Submission], limit: int | None
+) -> None:
+    """Raise when a queue drains, or cannot hold those of these new tasks that are due."""
+    due: Counter[str] = Counter()
+    for submission in submissions:
+        if not submission.parent_id:  # without its children a task there could not end
+            due[submission.action.agent] += submission.is_due
+    for agent, tasks in due.items():
+        found = connection.execute(statements.admission(agent, limit, max(1, tasks))).one()
+        if found.draining:
+            raise _draining(agent)
+        if found.is_full:
+            raise QueueFull(
+                f"The queue {agent} may hold {limit} due tasks, and has no room for "
+                f"{max(1, tasks)} more; try again later."
+            )
 
 
 def _draining(agent: str) -> QueueDraining:

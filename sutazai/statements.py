@@ -254,18 +254,18 @@ def forget_key(principal: str, agent: str, key: str, task_id: UUID) -> Delete:
     )
 
 
-def admission(agent: str, limit: int | None) -> TextClause:
-    """Return whether an agent's queue drains, and whether it holds `limit` due tasks or more."""
-    return _ADMISSION.bindparams(agent=agent, limit=limit)
+def admission(agent: str, limit: int | None, tasks: int = 1) -> TextClause:
+    """Return whether an agent's queue drains, and whether so many more tasks exceed the limit."""
+    return _ADMISSION.bindparams(agent=agent, left=None if limit is None else limit - tasks)
 
 
 _ADMISSION = text(
     """
     SELECT EXISTS (SELECT 1 FROM queues WHERE queues.agent = :agent AND draining) AS draining,
-           CAST(:limit AS bigint) IS NOT NULL AND EXISTS (
+           CAST(:left AS bigint) IS NOT NULL AND (CAST(:left AS bigint) < 0 OR EXISTS (
                SELECT 1 FROM tasks
                WHERE agent = :agent AND state = 'queued' AND next_ring_at IS NOT NULL
-               OFFSET greatest(CAST(:limit AS bigint), 1) - 1 LIMIT 1) AS is_full
+               OFFSET greatest(CAST(:left AS bigint), 0) LIMIT 1)) AS is_full
     """
 )
 

@@ -6,6 +6,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -215,6 +216,44 @@ def test_a_full_queue_refuses_new_tasks_and_still_knows_old_ones() -> None:
     with db.transaction() as connection:
         known = Submission(work, {}, Options(idempotency_key="k"))
         assert not admission.accept(connection, known, rung=False, limit=1).fresh
+
+
+def accept_many(*submissions: Submission, limit: int | None = None) -> list[UUID]:
+    with db.transaction() as connection:
+        return admission.accept_many(connection, submissions, limit=limit)
+
+
+def test_a_batch_is_refused_where_it_does_not_fit_as_a_whole() -> None:
+    accept()
+    batch = [Submission(work, {}) for _ in range(3)]
+    tomorrow = Options(run_at=datetime.now(UTC) + timedelta(days=1))
+    later = [Submission(work, {}, tomorrow) for _ in range(3)]
+    careful = [
+        Submission(work, {}, Options(concurrency_key=key, on_conflict="join"))
+        for key in ("a", "b", "a")
+    ]
+    with pytest.raises(QueueFull, match="may hold 3 due tasks, and has no room for 3 more"):
+        accept_many(*batch, limit=3)
+    with pytest.raises(QueueFull):
+        accept_many(*batch[1:], *careful, limit=4)
+    assert scalar("SELECT count(*) FROM tasks") == 1
+    assert len(accept_many(*batch[:1], *later[1:], limit=2)) == 3
+    with pytest.raises(QueueFull):
+        accept_many(later[0], limit=2)
+    assert len(set(accept_many(*batch[1:], *careful, limit=6))) == 4
+    assert scalar("SELECT count(*) FROM tasks WHERE run_at <= now()") == 6
+
+
+def test_a_batch_that_was_accepted_is_known_also_by_a_queue_that_takes_nothing() -> None:
+    keyed = [Submission(work, {}, Options(idempotency_key=key)) for key in ("a", "b")]
+    ids = accept_many(*keyed, limit=2)
+    again = [Submission(work, {}, Options(idempotency_key=key)) for key in ("a", "b")]
+    assert accept_many(*again, limit=2) == ids
+    with db.transaction() as connection:
+        connection.execute(statements.set_queue("tester", draining=True))
+    assert accept_many(*again) == ids
+    with pytest.raises(QueueDraining):
+        accept_many(*again, Submission(work, {}))
 
 
 def test_a_draining_queue_takes_children_only() -> None:
@@ -570,6 +609,25 @@ def test_a_replay_is_spread_edited_and_not_repeated() -> None:
     assert [row.retry_of for row in rows] == failed
     assert all(row.params == {"number": 99} and row.priority == 7 for row in rows)
     assert [float(row.after_s) for row in rows] == pytest.approx([0, 0.5, 1, 1.5, 2], abs=0.01)
+
+
+def test_a_replay_is_refused_where_it_does_not_fit() -> None:
+    fail(3)
+    small = Agent("tester", port=9999, doc="Tests.", queue_limit=2)
+    small.actions["work"] = work
+    waiting = accept()
+
+    def again(rate_per_s: float) -> list[UUID]:
+        wanted = replay.Filter(agent="tester", rate_per_s=rate_per_s)
+        with db.transaction() as connection:
+            return replay.repeat_many(connection, wanted, {"tester": small})
+
+    second = accept()
+    with pytest.raises(QueueFull):
+        again(0.001)
+    for task in (waiting, second):
+        perform(site(), task.task_id, work)
+    assert len(again(0.001)) == 3, "one is due, and the others in time"
 
 
 def test_pruning_takes_all_that_is_the_tasks_and_keeps_the_totals() -> None:
