@@ -21,10 +21,9 @@ from uuid import UUID
 from celery import Celery, Task, bootsteps, signals
 from celery.backends.base import BaseBackend
 from celery.exceptions import Ignore, InvalidTaskError
-from celery.worker.control import Panel
 from celery.worker.request import Request
 
-from sutazai import admission, db, lifecycle, log, redis, statements, transport, watchers
+from sutazai import admission, db, log, redis, revocation, statements, transport, watchers
 from sutazai.agent import Action, Agent, WorkerView
 from sutazai.bell import NOTICE_HEADER
 from sutazai.broker import direct_queue
@@ -56,6 +55,8 @@ _logger = log.get(__name__)
 
 class Application(Celery):  # type: ignore[misc]
     """Celery whose messages are notices of rows."""
+
+    control_cls = revocation.Control
 
     def bell(self) -> CeleryBell:
         """Return this process's bell."""
@@ -419,42 +420,6 @@ def _is_consuming(parent: Any, queue: str) -> bool:
     """Whether the agent's queue is consumed; the worker's own one does not count."""
     consumer = getattr(parent.consumer, "task_consumer", None)
     return consumer is None or any(consumed.name == queue for consumed in consumer.queues)
-
-
-@Panel.register(
-    name="revoke",
-    type="control",
-    help="Cancel tasks, durably.",
-    variadic="task_id",
-    signature="[id1 [id2 [… [idN]]]]",
-)
-def _revoke(state: Any, task_id: Any, terminate: bool = False, signal: Any = None, **_: Any) -> Any:  # noqa: ARG001, FBT
-    ids = [task_id] if isinstance(task_id, str) else list(task_id or [])
-    ended = []
-    with db.transaction() as connection:
-        for wanted in filter(None, map(_uuid, ids)):
-            ended += lifecycle.cancel(connection, wanted)
-    redis.announce_ended(ended)
-    return {"ok": f"cancelled: {', '.join(ids)}"}
-
-
-@Panel.register(
-    name="terminate",
-    type="control",
-    help="Cancel tasks, durably; the signal has no meaning here.",
-    args=[("signal", str)],
-    variadic="task_id",
-    signature="<signal> [id1 [id2 [… [idN]]]]",
-)
-def _terminate(state: Any, signal: Any, task_id: Any, **_: Any) -> Any:  # noqa: ARG001 - Celery passes it
-    return _revoke(state, task_id)
-
-
-def _uuid(text: str) -> UUID | None:
-    try:
-        return UUID(text)
-    except ValueError:
-        return None
 
 
 @signals.setup_logging.connect(weak=False)

@@ -96,3 +96,32 @@ def test_tasks_that_would_start_others_are_refused(app: Any) -> None:
     describe.apply_async(link=[], link_error=None, chain=None, chord=None)
     group(one, one).apply_async()
     assert rows() == 3
+
+
+# --- revoke and terminate -------------------------------------------------------------------
+
+
+def state(task_id: str) -> str:
+    [found] = db.run(select(tasks.c.state).where(tasks.c.task_id == task_id))
+    return str(found.state)
+
+
+def test_revoking_cancels_while_no_worker_lives(celery: Run, app: Any) -> None:
+    for arguments in (("revoke",), ("terminate", "KILL")):
+        ids = [app.send_task(NAME).id for _ in range(2)]
+        told = celery("control", *arguments, *ids, "nonsense")
+        assert (told.returncode, "No nodes replied" in told.stderr) == (69, True)
+        assert [state(task_id) for task_id in ids] == ["cancelled"] * 2
+
+
+@pytest.mark.parametrize("terminate", [False, True])
+def test_flowers_buttons_cancel_while_no_worker_lives(app: Any, terminate: bool) -> None:
+    sent = app.send_task(NAME)
+    app.control.revoke(sent.id, terminate=terminate, signal="SIGTERM")  # as Flower calls it
+    assert sent.state == "REVOKED"
+    again = app.send_task(NAME)
+    again.revoke(terminate=terminate)
+    assert state(again.id) == "cancelled"
+    third = app.send_task(NAME)
+    app.control.terminate([third.id])
+    assert state(third.id) == "cancelled"
