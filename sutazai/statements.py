@@ -457,6 +457,7 @@ _REPEATED = (
     tasks.c.labels,
     tasks.c.concurrency_key,
     tasks.c.callback_url,
+    tasks.c.host,
 )
 
 
@@ -1423,7 +1424,7 @@ _TASK = """
     SELECT task_id, agent, action, state, priority, params, result, error, progress, attempt,
            max_attempts, parent_id, retry_of, scheduled_by, labels, idempotency_key, created_at,
            run_at, started_at, finished_at, deadline_at, cancel_requested_at, wait_seconds,
-           run_seconds, worker, child_id, time_limit_s, concurrency_key, callback_url,
+           run_seconds, worker, child_id, time_limit_s, concurrency_key, callback_url, host,
            (SELECT jsonb_agg(jsonb_build_object(
                 'attempt', a.attempt, 'worker', a.worker, 'started_at', a.started_at,
                 'ended_at', a.ended_at, 'outcome', a.outcome, 'error', a.error)
