@@ -33,6 +33,9 @@ class Accepted(NamedTuple):
     replaced: Sequence[lifecycle.Ended] = ()
     """What was cancelled in its favour."""
 
+    replayed: bool = False
+    """Whether an earlier request with the same idempotency key has got this task."""
+
 
 def will_ring(submission: Submission, bell: Bell | None) -> bool:
     """Whether the caller should publish a notice right after it has committed."""
@@ -150,7 +153,8 @@ def _replay(connection: Connection, submission: Submission) -> Accepted | None:
         return None
     if found.fingerprint != submission.fingerprint:
         raise _reused(key, found.task_id)
-    return Accepted(found.task_id, fresh=False)
+    # The own one: the first try of this very request, whose answer got lost.
+    return Accepted(found.task_id, fresh=False, replayed=found.task_id != submission.task_id)
 
 
 def _reused(key: str, task_id: UUID) -> KeyReused:

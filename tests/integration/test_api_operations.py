@@ -86,6 +86,16 @@ def test_a_replay_waits_for_the_task_of_the_first_request(front: Front) -> None:
     assert count_tasks() == 1
 
 
+def test_a_first_request_that_joins_a_task_is_no_replay(front: Front) -> None:
+    joined = front.queue("add", options={"concurrency_key": "c"})
+    options = {"concurrency_key": "c", "on_conflict": "join", "idempotency_key": "k"}
+    body = {"action": "add", "params": {"first": 1}, "options": options}
+    first, again = (front.client.post("/tasks", json=body) for _ in range(2))
+    assert first.json()["task_id"] == again.json()["task_id"] == joined
+    told = [answer.headers.get("Idempotent-Replayed") for answer in (first, again)]
+    assert told == [None, "true"]
+
+
 def test_another_request_under_the_same_key_is_refused(front: Front) -> None:
     headers = {"Idempotency-Key": "k"}
     front.client.post("/process", json={"action": "add", "first": 1}, headers=headers)
