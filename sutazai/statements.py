@@ -404,6 +404,13 @@ def lock_replay(agent: str) -> TextClause:
     )
 
 
+def allow(within_s: float) -> TextClause:
+    """Let each statement take so long, until the transaction ends."""
+    return text("SELECT set_config('statement_timeout', :limit, true)").bindparams(
+        limit=f"{round(within_s * 1000)}ms"
+    )
+
+
 def now() -> TextClause:
     """Return the database's time."""
     return text("SELECT now()")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
@@ -270,6 +271,41 @@ def test_failed_tasks_are_replayed_in_bulk(front: Front) -> None:
     assert len(front.client.post("/tasks/retry").json()["task_ids"]) == 1
     assert front.client.post("/tasks/retry", json={"colour": "red"}).status_code == 422
     assert front.client.post("/tasks/retry", json={"agent": "nobody"}).status_code == 404
+
+
+@pytest.fixture
+def _labelled(front: Front) -> Iterator[None]:
+    """Label new tasks with the limit under which they were inserted."""
+    with db.transaction() as connection:
+        for statement in _LABEL:
+            connection.execute(text(statement))
+    yield
+    with db.transaction() as connection:
+        connection.execute(text("DROP FUNCTION label_limit CASCADE"))
+
+
+_LABEL = (
+    """CREATE FUNCTION label_limit() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+        NEW.labels = jsonb_build_object('limit', current_setting('statement_timeout'));
+        RETURN NEW; END $$""",
+    "CREATE TRIGGER label_limit BEFORE INSERT ON tasks FOR EACH ROW EXECUTE FUNCTION label_limit()",
+)
+
+
+@pytest.mark.usefixtures("_labelled")
+def test_what_may_take_long_is_not_cut_off_as_what_is_answered_at_once(front: Front) -> None:
+    def limit(task_id: str) -> Any:
+        return front.client.get(f"/tasks/{task_id}").json()["labels"]["limit"]
+
+    failed = front.client.post("/process", json={"action": "fail", "how": "plain"}).json()
+    [made] = front.client.post("/tasks/retry").json()["task_ids"]
+    body = {"action": "add", "params": {"first": 1}, "options": {"idempotency_key": "k"}}
+    [batched] = front.client.post("/tasks/batch", json=[body]).json()["task_ids"]
+    assert (limit(failed["task_id"]), limit(made), limit(batched)) == ("2500ms", "30s", "30s")
+    body["options"] = {"idempotency_key": "l"}
+    for _ in range(8):  # whichever pooled connection it was
+        later = front.client.post("/tasks", json=body).json()["task_id"]
+    assert limit(later) == "2500ms"
 
 
 # --- events ---------------------------------------------------------------------------------
