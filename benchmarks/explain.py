@@ -191,6 +191,13 @@ def _wanted(sample: Sample) -> Mapping[str, Executable]:
         "tasks_page of a day": statements.tasks_page(
             **page, since=sample.since - timedelta(days=11), until=sample.since - timedelta(days=10)
         ),
+        "replayable": statements.replayable(agent=AGENT, state="failed", limit=1000),
+        "replayable of a code": statements.replayable(
+            agent=AGENT, state="failed", code="poison", limit=1000
+        ),
+        "replayable cancelled ones": statements.replayable(
+            agent=AGENT, state="cancelled", limit=1000
+        ),
         "tasks_page of a parent": statements.tasks_page(limit=50, parent_id=sample.ended),
         "status": statements.status([AGENT, *OTHERS]),
         "activity": statements.activity(60.0),

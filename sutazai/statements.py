@@ -434,7 +434,8 @@ def replayable(
     again, parent = tasks.alias("again"), tasks.alias("parent")
     conditions = [
         tasks.c.agent == agent,
-        tasks.c.state == state,
+        # As text, so that every plan may use the index of what has failed or was cancelled.
+        tasks.c.state == literal(state, literal_execute=True),
         ~exists().where(again.c.retry_of == tasks.c.task_id),
         ~exists().where(
             parent.c.task_id == tasks.c.parent_id, parent.c.child_id == tasks.c.task_id
