@@ -178,7 +178,12 @@ Index(
 )
 Index("tasks_agent", tasks.c.agent, tasks.c.task_id)
 Index("tasks_parent", tasks.c.parent_id, postgresql_where=tasks.c.parent_id.is_not(None))
-Index("tasks_finished", tasks.c.finished_at, postgresql_where=tasks.c.finished_at.is_not(None))
+Index(
+    "tasks_ended",
+    tasks.c.agent,
+    tasks.c.finished_at,
+    postgresql_where=tasks.c.finished_at.is_not(None),
+)
 Index(
     "tasks_finished_tick",
     tasks.c.finished_at,

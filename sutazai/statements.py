@@ -1588,31 +1588,25 @@ def status(agents: Sequence[str]) -> TextClause:
 
 
 _ACTIVITY = """
-    SELECT agent,
-           count(*) FILTER (WHERE state = 'succeeded') AS succeeded,
-           count(*) FILTER (WHERE state = 'failed') AS failed
-    FROM tasks
-    WHERE finished_at > now() - make_interval(secs => :window_s)
-    GROUP BY agent
+    SELECT a.agent, ended.succeeded, ended.failed
+    FROM unnest(cast(:agents AS text[])) AS a(agent) CROSS JOIN LATERAL (
+        SELECT count(*) FILTER (WHERE state = 'succeeded') AS succeeded,
+               count(*) FILTER (WHERE state = 'failed') AS failed
+        FROM tasks t
+        WHERE t.agent = a.agent AND t.finished_at > now() - make_interval(secs => :window_s)
+    ) AS ended
 """
 
 
-def activity(window_s: float) -> TextClause:
-    """Return, an agent, how many tasks ended within the last seconds."""
-    return text(_ACTIVITY).bindparams(window_s=window_s)
+def activity(agents: Sequence[str], window_s: float) -> TextClause:
+    """Return one row an agent: how many of its tasks ended within the last seconds."""
+    return text(_ACTIVITY).bindparams(agents=list(agents), window_s=window_s)
 
 
 # --- prune ----------------------------------------------------------------------------------
 
 _PRUNE = """
-    WITH old AS (
-        SELECT t.task_id FROM tasks t
-        WHERE t.finished_at < now() - make_interval(secs => :after_s)
-          AND (t.tick_at IS NOT NULL) = :scheduled
-          AND NOT EXISTS (SELECT 1 FROM tasks p
-                          WHERE p.task_id = t.parent_id AND p.finished_at IS NULL)
-        ORDER BY t.finished_at LIMIT :limit
-    ), gone_attempts AS (
+    WITH RECURSIVE {old}, gone_attempts AS (
         DELETE FROM attempts USING old WHERE attempts.task_id = old.task_id
     ), gone_events AS (
         DELETE FROM task_events USING old WHERE task_events.task_id = old.task_id
@@ -1630,13 +1624,56 @@ _PRUNE = """
     SELECT count(*) FROM gone
 """
 
+# Each agent's tasks by its own retention, so that none is read again and again until it is due;
+# from one agent to the next by index, so that also those that are declared no more are found.
+_OLD = """
+    known AS (
+        SELECT min(agent) AS agent FROM tasks WHERE finished_at IS NOT NULL
+        UNION ALL
+        SELECT (SELECT min(t.agent) FROM tasks t
+                WHERE t.finished_at IS NOT NULL AND t.agent > known.agent)
+        FROM known WHERE known.agent IS NOT NULL
+    ), old AS (
+        SELECT o.task_id FROM known CROSS JOIN LATERAL (
+            SELECT t.task_id FROM tasks t
+            WHERE t.agent = known.agent AND t.tick_at IS NULL
+              AND t.finished_at < now() - make_interval(secs => coalesce(
+                  CAST(CAST(:retention AS jsonb) ->> known.agent AS float8), :otherwise_s))
+              AND NOT EXISTS (SELECT 1 FROM tasks p
+                              WHERE p.task_id = t.parent_id AND p.finished_at IS NULL)
+            ORDER BY t.finished_at LIMIT :limit) AS o
+        LIMIT :limit
+    )
+"""
 
-def prune(*, after_s: float, scheduled: bool, limit: int) -> TextClause:
-    """Delete terminal tasks older than the retention, with all that is theirs; return how many.
+_OLD_TICKS = """
+    old AS (
+        SELECT t.task_id FROM tasks t
+        WHERE t.tick_at IS NOT NULL AND t.finished_at < now() - make_interval(secs => :after_s)
+          AND NOT EXISTS (SELECT 1 FROM tasks p
+                          WHERE p.task_id = t.parent_id AND p.finished_at IS NULL)
+        ORDER BY t.finished_at LIMIT :limit
+    )
+"""
 
-    They are added to the totals, so that counters never go back.
+
+def prune(retention: Mapping[str, timedelta], *, otherwise: timedelta, limit: int) -> TextClause:
+    """Delete terminal tasks older than their agent's retention, with all that is theirs.
+
+    Not those of schedules' ticks. They are added to the totals, so that counters never go back.
+    Returns how many there were.
     """
-    return text(_PRUNE).bindparams(after_s=after_s, scheduled=scheduled, limit=limit)
+    seconds = {agent: kept.total_seconds() for agent, kept in retention.items()}
+    return text(_PRUNE.format(old=_OLD)).bindparams(
+        retention=payload.dumps(seconds), otherwise_s=otherwise.total_seconds(), limit=limit
+    )
+
+
+def prune_ticks(*, after: timedelta, limit: int) -> TextClause:
+    """Do the same as `prune` for the tasks of schedules' ticks, whoever's they are."""
+    return text(_PRUNE.format(old=_OLD_TICKS)).bindparams(
+        after_s=after.total_seconds(), limit=limit
+    )
 
 
 def prune_concurrency_keys(limit: int) -> TextClause:

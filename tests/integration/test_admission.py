@@ -16,7 +16,7 @@ from sqlalchemy import text
 
 from sutazai import admission, db, lifecycle, replay, statements, worker
 from sutazai.admission import Accepted
-from sutazai.agent import Action, Agent, Context, NoParams
+from sutazai.agent import RETENTION, Action, Agent, Context, NoParams
 from sutazai.errors import KeyBusy, KeyReused, QueueDraining, QueueFull, TaskFailed
 from sutazai.keeper import Identity, Reports
 from sutazai.models import new_id
@@ -630,6 +630,29 @@ def test_a_replay_is_refused_where_it_does_not_fit() -> None:
     assert len(again(0.001)) == 3, "one is due, and the others in time"
 
 
+def prune(limit: int = 10, **days: float) -> int:
+    retention = {name: timedelta(days=kept) for name, kept in days.items()}
+    found = db.run(statements.prune(retention, otherwise=RETENTION, limit=limit))
+    return int(found[0][0])
+
+
+def test_each_agents_tasks_are_kept_as_long_as_it_says() -> None:
+    for name in ("brief", "gone", "long"):
+        declared = Agent(name, port=9998, doc="Tests.")
+        for _ in range(3):
+            accept(declared.get("describe"))
+    left = "SELECT agent, count(*) FROM tasks GROUP BY agent ORDER BY agent"
+    query("UPDATE tasks SET state = 'failed', finished_at = now() - interval '10 days'")
+    accept()
+    assert prune(brief=1, long=60) == 3
+    assert [tuple(row) for row in query(left)] == [("gone", 3), ("long", 3), ("tester", 1)]
+    query("UPDATE tasks SET finished_at = now() - interval '40 days' WHERE state = 'failed'")
+    assert [prune(2, brief=1, long=60) for _ in range(3)] == [2, 1, 0], "in chunks"
+    assert [tuple(row) for row in query(left)] == [("long", 3), ("tester", 1)]
+    assert prune(1, long=30) + prune(10, long=30) == 3
+    assert scalar("SELECT sum(tasks) FROM totals") == 9
+
+
 def test_pruning_takes_all_that_is_the_tasks_and_keeps_the_totals() -> None:
     ended = accept(idempotency_key="old").task_id
     assert perform(site(), ended, work)
@@ -637,8 +660,7 @@ def test_pruning_takes_all_that_is_the_tasks_and_keeps_the_totals() -> None:
     query("UPDATE tasks SET finished_at = now() - interval '40 days' WHERE task_id=:id", id=ended)
     query("INSERT INTO task_events VALUES (:id, 1, 'log', '{}')", id=ended)
     for expected in (1, 0):
-        prune = statements.prune(after_s=30 * 86_400, scheduled=False, limit=10)
-        assert db.run(prune)[0][0] == expected
+        assert prune() == expected
     for table in ("attempts", "task_events"):
         assert scalar(f"SELECT count(*) FROM {table}") == 0
     assert scalar("SELECT key FROM idempotency_keys") == "new"
@@ -648,13 +670,25 @@ def test_pruning_takes_all_that_is_the_tasks_and_keeps_the_totals() -> None:
     assert totals == [("tester", "work", "succeeded", 1)]
 
 
+def test_activity_counts_what_has_ended_lately() -> None:
+    fail(2)
+    assert perform(site(), accept().task_id, work)
+    query(
+        "UPDATE tasks SET finished_at = now() - interval '2 min' WHERE params = '{\"number\": 2}'"
+    )
+    found = db.run(statements.activity(["tester", "other"], 60.0))
+    assert [tuple(row) for row in found] == [("tester", 1, 1), ("other", 0, 0)]
+
+
 def test_the_key_of_a_run_of_a_schedule_lasts_as_long_as_any() -> None:
     task_id = accept(idempotency_key="run").task_id
     query("UPDATE tasks SET scheduled_by = 's', state = 'failed'")
     query("UPDATE tasks SET finished_at = now() - interval '2 days'")
-    assert db.run(statements.prune(after_s=86_400, scheduled=True, limit=10))[0][0] == 0
+    prune_ticks = statements.prune_ticks(after=timedelta(days=1), limit=10)
+    assert db.run(prune_ticks)[0][0] == 0
     query("UPDATE tasks SET tick_at = now()")
-    assert db.run(statements.prune(after_s=86_400, scheduled=True, limit=10))[0][0] == 1
+    assert prune() == 0
+    assert db.run(prune_ticks)[0][0] == 1
     assert accept(idempotency_key="run").task_id != task_id
 
 
