@@ -6,9 +6,11 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import redis
 from celery import chain, chord, group
@@ -17,7 +19,8 @@ from sqlalchemy import func, select
 from sutazai import db
 from sutazai.errors import InvalidInput, SutazaiError, UnknownAction, UnknownAgent
 from sutazai.models import tasks
-from tests.conftest import Servers
+from tests.conftest import Servers, free_port
+from tests.integration.served import until
 
 AGENT = "task-assignment-coordinator"
 NAME = f"{AGENT}.describe"
@@ -26,13 +29,17 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture
-def celery(database: Servers) -> Run:
-    """Run the `celery` command to its end."""
-    env = os.environ | {
+def env(database: Servers) -> dict[str, str]:
+    return os.environ | {
         "SUTAZAI_HOME": str(database.home),
         "SUTAZAI_DATABASE_URL": database.database_url,
         "SUTAZAI_BROKER_URL": database.broker_url,
     }
+
+
+@pytest.fixture
+def celery(env: dict[str, str]) -> Run:
+    """Run the `celery` command to its end."""
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [str(Path(sys.executable).parent / "celery"), "-A", "sutazai", *arguments]
@@ -41,6 +48,28 @@ def celery(database: Servers) -> Run:
         )
 
     return run
+
+
+@pytest.fixture
+def flower(env: dict[str, str], tmp_path: Path) -> Iterator[httpx.Client]:
+    """Start Flower; what it logs is in `tmp_path / "log"`."""
+    port = free_port()
+    command = [sys.executable, "-m", "sutazai", "flower", "--port", str(port)]
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(command, env=env, stdout=log, stderr=log)
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
+
+        def answers() -> bool:
+            with suppress(httpx.TransportError):
+                return client.get("/healthcheck").is_success
+            return False
+
+        try:
+            until(answers, 60)
+            yield client
+        finally:
+            process.terminate()
+            process.wait(30)
 
 
 @pytest.fixture
@@ -114,14 +143,20 @@ def test_revoking_cancels_while_no_worker_lives(celery: Run, app: Any) -> None:
         assert [state(task_id) for task_id in ids] == ["cancelled"] * 2
 
 
-@pytest.mark.parametrize("terminate", [False, True])
-def test_flowers_buttons_cancel_while_no_worker_lives(app: Any, terminate: bool) -> None:
-    sent = app.send_task(NAME)
-    app.control.revoke(sent.id, terminate=terminate, signal="SIGTERM")  # as Flower calls it
-    assert sent.state == "REVOKED"
-    again = app.send_task(NAME)
-    again.revoke(terminate=terminate)
-    assert state(again.id) == "cancelled"
-    third = app.send_task(NAME)
+def test_python_revokes_while_no_worker_lives(app: Any) -> None:
+    first, second, third = (app.send_task(NAME) for _ in range(3))
+    first.revoke()
+    second.revoke(terminate=True)
     app.control.terminate([third.id])
-    assert state(third.id) == "cancelled"
+    assert [sent.state for sent in (first, second, third)] == ["REVOKED"] * 3
+
+
+def test_flowers_buttons_cancel_while_no_worker_lives(flower: httpx.Client) -> None:
+    forms: list[dict[str, str]] = [{}, {"terminate": "true"}]
+    for form in forms:
+        task_id = flower.post(f"/api/task/send-task/{NAME}").json()["task-id"]
+        assert flower.post(f"/api/task/revoke/{task_id}", data=form).status_code == 200
+        assert state(task_id) == "cancelled"
+    refused = flower.post("/api/task/send-task/nope.nope")
+    assert (refused.status_code, refused.text) == (500, "")
+    assert rows() == len(forms)
