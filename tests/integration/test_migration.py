@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from alembic import command
@@ -46,6 +47,11 @@ def test_migrations_make_what_the_code_declares(database: Servers) -> None:
         differences = compare_metadata(MigrationContext.configure(connection), metadata)
     assert differences == []
     assert database
+
+
+def test_the_readme_shows_the_newest_revision() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    assert f"The schema is at revision {migration.wanted()}.\n" in readme
 
 
 def test_indexes_are_built_by_several_that_migrate_at_once(migrated_again: Servers) -> None:
