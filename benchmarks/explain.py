@@ -22,6 +22,7 @@ from benchmarks.machine import machine
 from benchmarks.place import AGENT
 from benchmarks.stores import Stores, stores
 from sutazai import db, migration, statements
+from sutazai.agent import RETENTION
 from sutazai.models import new_id
 from sutazai.settings import override
 from sutazai.state import Outcome, State
@@ -107,7 +108,7 @@ def _prepare(connection: psycopg.Connection[Any]) -> Sample:
     connection.execute(_LET_RING, {"agent": AGENT, "count": 1000})
     connection.execute("VACUUM (ANALYZE) tasks")
     found = [connection.execute(query).fetchone() for query in (_ONE_QUEUED, _ONE_RUNNING)]
-    ended = connection.execute(_ONE_ENDED).fetchone()
+    ended = connection.execute(_ONE_ENDED, {"agent": AGENT}).fetchone()
     assert found[0]
     assert found[1]
     assert ended
@@ -134,7 +135,7 @@ _LET_RING = """
 _ONE_QUEUED = "SELECT task_id FROM tasks WHERE state = 'queued' AND rings > 0 LIMIT 1"
 _ONE_RUNNING = "SELECT task_id, claim_id FROM tasks WHERE state = 'running' LIMIT 1"
 _ONE_ENDED = """
-    SELECT task_id, finished_at FROM tasks WHERE finished_at IS NOT NULL
+    SELECT task_id, finished_at FROM tasks WHERE agent = %(agent)s AND finished_at IS NOT NULL
     ORDER BY finished_at DESC OFFSET 1000 LIMIT 1
 """
 
@@ -191,9 +192,16 @@ def _wanted(sample: Sample) -> Mapping[str, Executable | db.Ready]:
         "tasks_page of a day": statements.tasks_page(
             **page, since=sample.since - timedelta(days=11), until=sample.since - timedelta(days=10)
         ),
+        "replayable": statements.replayable(agent=AGENT, state="failed", limit=1000),
+        "replayable of a code": statements.replayable(
+            agent=AGENT, state="failed", code="poison", limit=1000
+        ),
+        "replayable cancelled ones": statements.replayable(
+            agent=AGENT, state="cancelled", limit=1000
+        ),
         "tasks_page of a parent": statements.tasks_page(limit=50, parent_id=sample.ended),
         "status": statements.status([AGENT, *OTHERS]),
-        "activity": statements.activity(60.0),
+        "activity": statements.activity([AGENT, *OTHERS], 60.0),
         "claimable": statements.claimable(AGENT, "host", WORKER_ID, 60.0),
         "busy_agents": statements.busy_agents(),
         "become_due": statements.become_due(1000),
@@ -204,9 +212,11 @@ def _wanted(sample: Sample) -> Mapping[str, Executable | db.Ready]:
         "ring_again of an agent": statements.ring_again(AGENT),
         "past_deadline": statements.past_deadline(500),
         "lease_expired": statements.lease_expired(1000),
-        "prune": statements.prune(after_s=30 * 86_400.0, scheduled=False, limit=1000),
-        "prune of scheduled ones": statements.prune(after_s=86_400.0, scheduled=True, limit=1000),
-        "prune of 1,000": statements.prune(after_s=86_400.0, scheduled=False, limit=1000),
+        "prune": statements.prune({AGENT: RETENTION}, otherwise=RETENTION, limit=1000),
+        "prune_ticks": statements.prune_ticks(after=timedelta(days=1), limit=1000),
+        "prune of 1,000": statements.prune(
+            {OTHERS[0]: timedelta(days=1)}, otherwise=RETENTION, limit=1000
+        ),
         "prune_concurrency_keys": statements.prune_concurrency_keys(1000),
         "take_callbacks": statements.take_callbacks(10, 30.0),
         "beat": statements.beat(WORKER_ID, {"running": 1}, claims=10),

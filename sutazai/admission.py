@@ -6,6 +6,7 @@ within one transaction; fronts run it through `AsyncConnection.run_sync`.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 from uuid import UUID
@@ -32,6 +33,9 @@ class Accepted(NamedTuple):
     replaced: Sequence[lifecycle.Ended] = ()
     """What was cancelled in its favour."""
 
+    replayed: bool = False
+    """Whether an earlier request with the same idempotency key has got this task."""
+
 
 def will_ring(submission: Submission, bell: Bell | None) -> bool:
     """Whether the caller should publish a notice right after it has committed."""
@@ -47,20 +51,16 @@ def accept(
 ) -> Accepted:
     """Insert a task, or find the one that it repeats. `rung`: the caller rings after the commit.
 
-    limit: refuse when the queue holds so many due tasks. Raises `KeyReused`, `KeyBusy`,
+    limit: refuse when the queue would hold more due tasks. Raises `KeyReused`, `KeyBusy`,
     `QueueFull` and `QueueDraining`; then nothing was stored. The same submission twice is one task.
     """
     known = _replay(connection, submission)
     if known is not None:
         return known
-    _check_room(connection, submission, limit)
-    joined, replaced = _resolve_conflict(connection, submission)
-    if joined is not None:
-        if submission.options.idempotency_key is not None:
-            # From now on the key stands for that task, also when it has ended.
-            row = submission.row | {"task_id": joined}
-            connection.execute(statements.reserve_keys([row]))
-        return Accepted(joined, fresh=False)
+    _check_room(connection, [submission], limit)
+    stands, replaced = _resolve_conflict(connection, submission)
+    if stands is not None:
+        return stands
     statement = statements.accept(submission.row, rung=rung)
     if connection.execute(*statement).first() is not None:
         return Accepted(submission.task_id, fresh=True, replaced=replaced)
@@ -83,33 +83,26 @@ def accept_many(
 ) -> list[UUID]:
     """Insert many tasks, all or none, and return their ids in order; the relay rings them.
 
-    Raises as `accept` does.
+    Raises as `accept` does; then the caller rolls back.
     """
-    for submission in {submission.action.agent: submission for submission in submissions}.values():
-        _check_room(connection, submission, limit)
-    ids: dict[int, UUID] = {}
     plain: list[Submission] = []
-    careful: list[tuple[int, Submission]] = []
-    for index, submission in enumerate(submissions):
-        if submission.options.resolves_conflict:
-            careful.append((index, submission))
-        else:
-            plain.append(submission)
-            ids[index] = submission.task_id
+    careful: list[Submission] = []
+    for submission in submissions:
+        (careful if submission.options.resolves_conflict else plain).append(submission)
     taken = _reserve(connection, plain)
-    for index, submission in enumerate(submissions):
-        if submission.task_id in taken:
-            ids[index] = taken[submission.task_id]
-    fresh = [submission.row for submission in plain if submission.task_id not in taken]
+    ids = {submission.task_id: submission.task_id for submission in plain} | taken
+    fresh = [submission for submission in plain if submission.task_id not in taken]
+    _check_room(connection, fresh, limit)
     for start in range(0, len(fresh), CHUNK):
-        chunk = fresh[start : start + CHUNK]
+        chunk = [submission.row for submission in fresh[start : start + CHUNK]]
         inserted = connection.execute(*statements.accept_many(chunk)).all()
         if len(inserted) < len(chunk):
             raise _draining(chunk[0]["agent"])  # it did just now
     # In one order, as the keys before: each locks its concurrency key.
-    for index, submission in sorted(careful, key=lambda item: str(item[1].options.concurrency_key)):
-        ids[index] = accept(connection, submission, rung=False).task_id
-    return [ids[index] for index in range(len(submissions))]
+    for submission in sorted(careful, key=lambda each: str(each.options.concurrency_key)):
+        accepted = accept(connection, submission, rung=False, limit=limit)
+        ids[submission.task_id] = accepted.task_id
+    return [ids[submission.task_id] for submission in submissions]
 
 
 def _reserve(connection: Connection, submissions: Sequence[Submission]) -> dict[UUID, UUID]:
@@ -160,7 +153,8 @@ def _replay(connection: Connection, submission: Submission) -> Accepted | None:
         return None
     if found.fingerprint != submission.fingerprint:
         raise _reused(key, found.task_id)
-    return Accepted(found.task_id, fresh=False)
+    # The own one: the first try of this very request, whose answer got lost.
+    return Accepted(found.task_id, fresh=False, replayed=found.task_id != submission.task_id)
 
 
 def _reused(key: str, task_id: UUID) -> KeyReused:
@@ -170,15 +164,23 @@ def _reused(key: str, task_id: UUID) -> KeyReused:
     )
 
 
-def _check_room(connection: Connection, submission: Submission, limit: int | None = None) -> None:
-    if submission.parent_id:
-        return  # without its children a task that is there already could not end
-    agent = submission.action.agent
-    found = connection.execute(statements.admission(agent, limit)).one()
-    if found.draining:
-        raise _draining(agent)
-    if found.is_full:
-        raise QueueFull(f"The queue {agent} holds {limit} due tasks already; try again later.")
+def _check_room(
+    connection: Connection, submissions: Sequence[Submission], limit: int | None
+) -> None:
+    """Raise when a queue drains, or cannot hold those of these new tasks that are due."""
+    due: Counter[str] = Counter()
+    for submission in submissions:
+        if not submission.parent_id:  # without its children a task there could not end
+            due[submission.action.agent] += submission.is_due
+    for agent, tasks in due.items():
+        found = connection.execute(statements.admission(agent, limit, max(1, tasks))).one()
+        if found.draining:
+            raise _draining(agent)
+        if found.is_full:
+            raise QueueFull(
+                f"The queue {agent} may hold {limit} due tasks, and has no room for "
+                f"{max(1, tasks)} more; try again later."
+            )
 
 
 def _draining(agent: str) -> QueueDraining:
@@ -189,10 +191,10 @@ def _draining(agent: str) -> QueueDraining:
 
 def _resolve_conflict(
     connection: Connection, submission: Submission
-) -> tuple[UUID | None, Sequence[lifecycle.Ended]]:
+) -> tuple[Accepted | None, Sequence[lifecycle.Ended]]:
     """Do what `on_conflict` says about unfinished tasks of the same concurrency key.
 
-    Returns the task to join, if one is to be joined, and what was cancelled at once.
+    Returns the task that stands for this submission, if one does, and what was cancelled at once.
     """
     options = submission.options
     if not options.resolves_conflict or options.concurrency_key is None:
@@ -201,14 +203,19 @@ def _resolve_conflict(
     key = (action.agent, options.concurrency_key)
     # The lock keeps two submissions from both finding nothing.
     connection.execute(statements.lock_key(*key, action.key_slots, action.key_rate_per_s))
+    # An equal request may have been accepted while the lock was waited for; its task is our own.
+    known = _replay(connection, submission)
+    if known is not None:
+        return known, ()
     unfinished = connection.execute(statements.unfinished_of_key(*key)).scalars().all()
     if not unfinished:
         return None, ()
     if submission.task_id in unfinished:
-        return submission.task_id, ()  # it was accepted before, and its answer got lost
+        # It was accepted before, and its answer got lost.
+        return Accepted(submission.task_id, fresh=False), ()
     match options.on_conflict:
         case "join":
-            return unfinished[-1], ()
+            return _join(connection, submission, unfinished[-1]), ()
         case "replace":
             ended: list[lifecycle.Ended] = []
             for task_id in unfinished:
@@ -220,3 +227,11 @@ def _resolve_conflict(
                 "has not ended yet.",
                 details=[str(task_id) for task_id in unfinished[:10]],
             )
+
+
+def _join(connection: Connection, submission: Submission, task_id: UUID) -> Accepted:
+    """Let an unfinished task stand for a submission, and for its key also when it has ended."""
+    if submission.options.idempotency_key is not None:
+        row = submission.row | {"task_id": task_id}
+        connection.execute(statements.reserve_keys([row]))
+    return Accepted(task_id, fresh=False)

@@ -46,6 +46,9 @@ __all__ = [
 
 Pool = Literal["prefork", "threads", "solo"]
 
+RETENTION = timedelta(days=30)
+"""How long ended tasks are kept where nothing else is declared."""
+
 P = TypeVar("P", bound=BaseModel)
 R = TypeVar("R", bound=BaseModel)
 
@@ -178,6 +181,8 @@ class Agent:
     `slots` is (fewest, default, most) tasks at once in one worker; pools are resized only within.
     `queue_limit` is how many due tasks its queue may hold before more are refused; None: any
     number.
+    `retention` is how long its ended tasks are kept, with their idempotency keys, at least a day;
+    those of a schedule's ticks are kept for 24 h.
     `default_action` is what a `POST /process` without an action means. Every agent has the action
     `describe`.
     """
@@ -192,6 +197,7 @@ class Agent:
         pool: Pool = "prefork",
         default_action: str | None = None,
         queue_limit: int | None = None,
+        retention: timedelta = RETENTION,
     ) -> None:
         if not _AGENT_NAME.fullmatch(name):
             raise DeclarationError(
@@ -213,9 +219,12 @@ class Agent:
             )
         if queue_limit is not None and queue_limit < 1:
             raise DeclarationError(f"The queue_limit {queue_limit} of {name} must be at least 1.")
+        if retention < timedelta(days=1):
+            raise DeclarationError(f"The retention {retention} of {name} must be at least a day.")
         self.name = name
         self.port = port
         self.queue_limit = queue_limit
+        self.retention = retention
         self.doc = inspect.cleandoc(doc)
         self.slots = slots
         self.pool: Pool = pool

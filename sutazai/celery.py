@@ -14,15 +14,15 @@ import sys
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 from uuid import UUID
 
 from celery import Celery, Task, bootsteps, signals
 from celery.backends.base import BaseBackend
 from celery.exceptions import Ignore, InvalidTaskError
-from celery.worker.control import Panel
 
-from sutazai import admission, db, lifecycle, log, redis, statements, transport, watchers
+from sutazai import admission, db, log, redis, revocation, statements, transport, watchers
 from sutazai.agent import Action, Agent, WorkerView
 from sutazai.bell import NOTICE_HEADER
 from sutazai.broker import direct_queue
@@ -35,7 +35,6 @@ from sutazai.errors import (
     SutazaiError,
     TaskFailed,
     Unavailable,
-    UnknownAgent,
     Unsupported,
 )
 from sutazai.hand import perform_all
@@ -58,6 +57,8 @@ _logger = log.get(__name__)
 class Application(Celery):  # type: ignore[misc]
     """Celery whose messages are notices of rows."""
 
+    control_cls = revocation.Control
+
     def bell(self) -> CeleryBell:
         """Return this process's bell."""
         return bell()
@@ -65,13 +66,15 @@ class Application(Celery):  # type: ignore[misc]
     def send_task(self, name: str, args: Any = None, kwargs: Any = None, **options: Any) -> Any:
         """Accept a task as every other way in does: the row first, then the notice.
 
-        `priority`, `task_id`, `eta`, `countdown` and `expires` are taken; the rest of Celery's
-        options have no meaning here.
-        Raises `InvalidInput` for parameters that do not fit.
+        `priority`, `task_id`, `eta`, `countdown` and `expires` are taken; what would start other
+        tasks is refused, and the rest of Celery's options have no meaning here.
+        Raises `UnknownAgent`, `UnknownAction`, and `InvalidInput` for parameters that do not fit.
         """
-        action = find_action(name)
-        if action is None:
+        if name.startswith("celery."):
             return super().send_task(name, args, kwargs, **options)
+        action = find_action(name)
+        if chained := [option for option in _CHAINING if options.get(option)]:
+            raise InvalidInput(f"{name} cannot be sent with {chained[0]}: tasks are not chained.")
         if args:
             raise InvalidInput(f"{name} takes named parameters only; pass them as kwargs.")
         try:
@@ -87,6 +90,10 @@ class Application(Celery):  # type: ignore[misc]
             raise InvalidInput(f"{name} cannot be sent like this: {error}") from None
         submission = Submission(action, kwargs or {}, chosen, "celery", task_id)
         return self.AsyncResult(str(submit(submission).task_id))
+
+
+_CHAINING = ("link", "link_error", "chain", "chord")
+"""Celery's options that name tasks to be sent when this one has ended."""
 
 
 class TaskRows(BaseBackend):  # type: ignore[misc]
@@ -140,13 +147,13 @@ def _instant(value: Any, countdown: Any = None) -> datetime | None:
     return found.replace(tzinfo=UTC) if found is not None and found.tzinfo is None else found
 
 
-def find_action(name: str) -> Action[Any, Any] | None:
-    """Return the action of a Celery task's name, `<agent>.<action>`; None for Celery's own."""
-    agent_name, _, action_name = name.rpartition(".")
-    try:
-        return load().get(agent_name).get(action_name)
-    except (UnknownAgent, InvalidInput):
-        return None
+def find_action(name: str) -> Action[Any, Any]:
+    """Return the action of a Celery task's name, `<agent>.<action>`.
+
+    Raises `UnknownAgent` and `UnknownAction`.
+    """
+    agent_name, _, action_name = name.partition(".")
+    return load().get(agent_name).get(action_name)
 
 
 def submit(submission: Submission) -> admission.Accepted:
@@ -170,6 +177,8 @@ def _create() -> Application:
     except ConfigurationError as error:
         # `celery -A sutazai` shows a traceback for anything but an exit.
         sys.exit(f"sutazai: {error}")
+    if Path(sys.argv[0]).name == "celery":
+        sys.excepthook = _say_in_one_line
     transport.install()
     made = Application("sutazai", set_as_current=True)
     values = runpy.run_path(str(_located("celeryconfig.py")))
@@ -180,6 +189,16 @@ def _create() -> Application:
     made.steps["worker"].add(KeeperStep)
     made.steps["consumer"].add(watchers.BatchEvents)
     return made
+
+
+def _say_in_one_line(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """Let the `celery` command show an error of ours as `sutazai` does."""
+    if isinstance(error, SutazaiError):
+        sys.stderr.write(f"sutazai: {error}\n")
+    else:
+        sys.__excepthook__(kind, error, trace)
 
 
 def _located(name: str) -> Path:
@@ -406,42 +425,6 @@ def _is_consuming(parent: Any, queue: str) -> bool:
     """Whether the agent's queue is consumed; the worker's own one does not count."""
     consumer = getattr(parent.consumer, "task_consumer", None)
     return consumer is None or any(consumed.name == queue for consumed in consumer.queues)
-
-
-@Panel.register(
-    name="revoke",
-    type="control",
-    help="Cancel tasks, durably.",
-    variadic="task_id",
-    signature="[id1 [id2 [… [idN]]]]",
-)
-def _revoke(state: Any, task_id: Any, terminate: bool = False, signal: Any = None, **_: Any) -> Any:  # noqa: ARG001, FBT
-    ids = [task_id] if isinstance(task_id, str) else list(task_id or [])
-    ended = []
-    with db.transaction() as connection:
-        for wanted in filter(None, map(_uuid, ids)):
-            ended += lifecycle.cancel(connection, wanted)
-    redis.announce_ended(ended)
-    return {"ok": f"cancelled: {', '.join(ids)}"}
-
-
-@Panel.register(
-    name="terminate",
-    type="control",
-    help="Cancel tasks, durably; the signal has no meaning here.",
-    args=[("signal", str)],
-    variadic="task_id",
-    signature="<signal> [id1 [id2 [… [idN]]]]",
-)
-def _terminate(state: Any, signal: Any, task_id: Any, **_: Any) -> Any:  # noqa: ARG001 - Celery passes it
-    return _revoke(state, task_id)
-
-
-def _uuid(text: str) -> UUID | None:
-    try:
-        return UUID(text)
-    except ValueError:
-        return None
 
 
 @signals.setup_logging.connect(weak=False)

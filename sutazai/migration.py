@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 from alembic import command
@@ -18,12 +19,19 @@ from sutazai.errors import ConfigurationError, DatabaseUnavailable
 _LOCK = 0x5A7A2A1
 """Advisory lock, so that several processes that migrate at once take turns."""
 
+_TAKE_TURN = text("SELECT pg_try_advisory_lock(:key)")
+
+TURN_POLL_S = 0.2
+
 
 def migrate() -> str:
     """Bring the schema up to date, and return its revision; raises `DatabaseUnavailable`."""
     try:
         with db.migrator().connect() as connection:
-            connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": _LOCK})
+            while not connection.execute(_TAKE_TURN, {"key": _LOCK}).scalar_one():
+                # Whoever waits within a statement would be waited for by the building of an index.
+                connection.commit()
+                time.sleep(TURN_POLL_S)
             connection.commit()
             command.upgrade(_config(), "head")
     except SQLAlchemyError as error:

@@ -169,9 +169,21 @@ Index(
     postgresql_where=(tasks.c.state == State.RUNNING.value) & (tasks.c.crashes > 0),
 )
 Index("tasks_retry_of", tasks.c.retry_of, postgresql_where=tasks.c.retry_of.is_not(None))
+Index(
+    "tasks_retryable",
+    tasks.c.agent,
+    tasks.c.state,
+    tasks.c.task_id,
+    postgresql_where=tasks.c.state.in_([State.FAILED.value, State.CANCELLED.value]),
+)
 Index("tasks_agent", tasks.c.agent, tasks.c.task_id)
 Index("tasks_parent", tasks.c.parent_id, postgresql_where=tasks.c.parent_id.is_not(None))
-Index("tasks_finished", tasks.c.finished_at, postgresql_where=tasks.c.finished_at.is_not(None))
+Index(
+    "tasks_ended",
+    tasks.c.agent,
+    tasks.c.finished_at,
+    postgresql_where=tasks.c.finished_at.is_not(None),
+)
 Index(
     "tasks_finished_tick",
     tasks.c.finished_at,

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import threading
 import time
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from sutazai import db, lifecycle, log, redis, statements
+from sutazai.agent import RETENTION
 from sutazai.bell import PACES_KEY, Bell, Notice, Pace, pace
 from sutazai.callbacks import Courier
 from sutazai.errors import DatabaseBusy, DatabaseUnavailable
 from sutazai.settings import settings
+from sutazai.tasks import load
 
 if TYPE_CHECKING:
     from sqlalchemy import Row
@@ -34,8 +37,7 @@ PACE_S = 2.0
 
 CHUNK = 1000
 PRUNE_CHUNKS = 60
-RETENTION_S = 30 * 86_400.0
-SCHEDULED_RETENTION_S = 86_400.0
+TICKS_RETENTION = timedelta(days=1)
 WORKERS_RETENTION_S = 86_400.0
 
 _logger = log.get(__name__)
@@ -202,8 +204,11 @@ class Relay:
             _logger.warning("took back tasks of lost workers", rescued=rescued.tasks)
 
     def _prune(self) -> None:
-        for after_s, scheduled in ((RETENTION_S, False), (SCHEDULED_RETENTION_S, True)):
-            old = statements.prune(after_s=after_s, scheduled=scheduled, limit=CHUNK)
+        retention = {agent.name: agent.retention for agent in load().agents.values()}
+        for old in (
+            statements.prune(retention, otherwise=RETENTION, limit=CHUNK),
+            statements.prune_ticks(after=TICKS_RETENTION, limit=CHUNK),
+        ):
             for _ in range(PRUNE_CHUNKS):
                 with db.transaction() as connection:
                     if connection.execute(old).scalar_one() < CHUNK:

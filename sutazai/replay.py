@@ -52,9 +52,9 @@ def repeat(
 ) -> Submission:
     """Return the submission that does what an ended task should have done.
 
-    Its deadline, concurrency conflicts and callback are not those of the first one, except that the
-    concurrency key and the callback stay. Raises `InvalidInput` when the action no longer takes the
-    parameters, and `UnknownAgent` when its agent is not declared any more.
+    It is for the same host, and has the same concurrency key and callback; its deadline and
+    `on_conflict` are not those of the first one. Raises `InvalidInput` when the action no longer
+    takes the parameters, and `UnknownAgent` when its agent is not declared any more.
     """
     agent = agents.get(row.agent)
     if agent is None:
@@ -78,6 +78,7 @@ def repeat(
         options,
         "retry",
         retry_of=row.task_id,
+        host=row.host,
     )
 
 

@@ -262,18 +262,18 @@ def forget_key(principal: str, agent: str, key: str, task_id: UUID) -> Delete:
     )
 
 
-def admission(agent: str, limit: int | None) -> TextClause:
-    """Return whether an agent's queue drains, and whether it holds `limit` due tasks or more."""
-    return _ADMISSION.bindparams(agent=agent, limit=limit)
+def admission(agent: str, limit: int | None, tasks: int = 1) -> TextClause:
+    """Return whether an agent's queue drains, and whether so many more tasks exceed the limit."""
+    return _ADMISSION.bindparams(agent=agent, left=None if limit is None else limit - tasks)
 
 
 _ADMISSION = text(
     """
     SELECT EXISTS (SELECT 1 FROM queues WHERE queues.agent = :agent AND draining) AS draining,
-           CAST(:limit AS bigint) IS NOT NULL AND EXISTS (
+           CAST(:left AS bigint) IS NOT NULL AND (CAST(:left AS bigint) < 0 OR EXISTS (
                SELECT 1 FROM tasks
                WHERE agent = :agent AND state = 'queued' AND next_ring_at IS NOT NULL
-               OFFSET greatest(CAST(:limit AS bigint), 1) - 1 LIMIT 1) AS is_full
+               OFFSET greatest(CAST(:left AS bigint), 0) LIMIT 1)) AS is_full
     """
 )
 
@@ -412,6 +412,13 @@ def lock_replay(agent: str) -> TextClause:
     )
 
 
+def allow(within_s: float) -> TextClause:
+    """Let each statement take so long, until the transaction ends."""
+    return text("SELECT set_config('statement_timeout', :limit, true)").bindparams(
+        limit=f"{round(within_s * 1000)}ms"
+    )
+
+
 def now() -> TextClause:
     """Return the database's time."""
     return text("SELECT now()")
@@ -435,7 +442,8 @@ def replayable(
     again, parent = tasks.alias("again"), tasks.alias("parent")
     conditions = [
         tasks.c.agent == agent,
-        tasks.c.state == state,
+        # As text, so that every plan may use the index of what has failed or was cancelled.
+        tasks.c.state == literal(state, literal_execute=True),
         ~exists().where(again.c.retry_of == tasks.c.task_id),
         ~exists().where(
             parent.c.task_id == tasks.c.parent_id, parent.c.child_id == tasks.c.task_id
@@ -465,6 +473,7 @@ _REPEATED = (
     tasks.c.labels,
     tasks.c.concurrency_key,
     tasks.c.callback_url,
+    tasks.c.host,
 )
 
 
@@ -1535,7 +1544,7 @@ _TASK = """
     SELECT task_id, agent, action, state, priority, params, result, error, progress, attempt,
            max_attempts, parent_id, retry_of, scheduled_by, labels, idempotency_key, created_at,
            run_at, started_at, finished_at, deadline_at, cancel_requested_at, wait_seconds,
-           run_seconds, worker, child_id, time_limit_s, concurrency_key, callback_url,
+           run_seconds, worker, child_id, time_limit_s, concurrency_key, callback_url, host,
            (SELECT jsonb_agg(jsonb_build_object(
                 'attempt', a.attempt, 'worker', a.worker, 'started_at', a.started_at,
                 'ended_at', a.ended_at, 'outcome', a.outcome, 'error', a.error)
@@ -1691,31 +1700,25 @@ def status(agents: Sequence[str]) -> TextClause:
 
 
 _ACTIVITY = """
-    SELECT agent,
-           count(*) FILTER (WHERE state = 'succeeded') AS succeeded,
-           count(*) FILTER (WHERE state = 'failed') AS failed
-    FROM tasks
-    WHERE finished_at > now() - make_interval(secs => :window_s)
-    GROUP BY agent
+    SELECT a.agent, ended.succeeded, ended.failed
+    FROM unnest(cast(:agents AS text[])) AS a(agent) CROSS JOIN LATERAL (
+        SELECT count(*) FILTER (WHERE state = 'succeeded') AS succeeded,
+               count(*) FILTER (WHERE state = 'failed') AS failed
+        FROM tasks t
+        WHERE t.agent = a.agent AND t.finished_at > now() - make_interval(secs => :window_s)
+    ) AS ended
 """
 
 
-def activity(window_s: float) -> TextClause:
-    """Return, an agent, how many tasks ended within the last seconds."""
-    return text(_ACTIVITY).bindparams(window_s=window_s)
+def activity(agents: Sequence[str], window_s: float) -> TextClause:
+    """Return one row an agent: how many of its tasks ended within the last seconds."""
+    return text(_ACTIVITY).bindparams(agents=list(agents), window_s=window_s)
 
 
 # --- prune ----------------------------------------------------------------------------------
 
 _PRUNE = """
-    WITH old AS (
-        SELECT t.task_id FROM tasks t
-        WHERE t.finished_at < now() - make_interval(secs => :after_s)
-          AND (t.tick_at IS NOT NULL) = :scheduled
-          AND NOT EXISTS (SELECT 1 FROM tasks p
-                          WHERE p.task_id = t.parent_id AND p.finished_at IS NULL)
-        ORDER BY t.finished_at LIMIT :limit
-    ), gone_attempts AS (
+    WITH RECURSIVE {old}, gone_attempts AS (
         DELETE FROM attempts USING old WHERE attempts.task_id = old.task_id
     ), gone_events AS (
         DELETE FROM task_events USING old WHERE task_events.task_id = old.task_id
@@ -1733,13 +1736,56 @@ _PRUNE = """
     SELECT count(*) FROM gone
 """
 
+# Each agent's tasks by its own retention, so that none is read again and again until it is due;
+# from one agent to the next by index, so that also those that are declared no more are found.
+_OLD = """
+    known AS (
+        SELECT min(agent) AS agent FROM tasks WHERE finished_at IS NOT NULL
+        UNION ALL
+        SELECT (SELECT min(t.agent) FROM tasks t
+                WHERE t.finished_at IS NOT NULL AND t.agent > known.agent)
+        FROM known WHERE known.agent IS NOT NULL
+    ), old AS (
+        SELECT o.task_id FROM known CROSS JOIN LATERAL (
+            SELECT t.task_id FROM tasks t
+            WHERE t.agent = known.agent AND t.tick_at IS NULL
+              AND t.finished_at < now() - make_interval(secs => coalesce(
+                  CAST(CAST(:retention AS jsonb) ->> known.agent AS float8), :otherwise_s))
+              AND NOT EXISTS (SELECT 1 FROM tasks p
+                              WHERE p.task_id = t.parent_id AND p.finished_at IS NULL)
+            ORDER BY t.finished_at LIMIT :limit) AS o
+        LIMIT :limit
+    )
+"""
 
-def prune(*, after_s: float, scheduled: bool, limit: int) -> TextClause:
-    """Delete terminal tasks older than the retention, with all that is theirs; return how many.
+_OLD_TICKS = """
+    old AS (
+        SELECT t.task_id FROM tasks t
+        WHERE t.tick_at IS NOT NULL AND t.finished_at < now() - make_interval(secs => :after_s)
+          AND NOT EXISTS (SELECT 1 FROM tasks p
+                          WHERE p.task_id = t.parent_id AND p.finished_at IS NULL)
+        ORDER BY t.finished_at LIMIT :limit
+    )
+"""
 
-    They are added to the totals, so that counters never go back.
+
+def prune(retention: Mapping[str, timedelta], *, otherwise: timedelta, limit: int) -> TextClause:
+    """Delete terminal tasks older than their agent's retention, with all that is theirs.
+
+    Not those of schedules' ticks. They are added to the totals, so that counters never go back.
+    Returns how many there were.
     """
-    return text(_PRUNE).bindparams(after_s=after_s, scheduled=scheduled, limit=limit)
+    seconds = {agent: kept.total_seconds() for agent, kept in retention.items()}
+    return text(_PRUNE.format(old=_OLD)).bindparams(
+        retention=payload.dumps(seconds), otherwise_s=otherwise.total_seconds(), limit=limit
+    )
+
+
+def prune_ticks(*, after: timedelta, limit: int) -> TextClause:
+    """Do the same as `prune` for the tasks of schedules' ticks, whoever's they are."""
+    return text(_PRUNE.format(old=_OLD_TICKS)).bindparams(
+        after_s=after.total_seconds(), limit=limit
+    )
 
 
 def prune_concurrency_keys(limit: int) -> TextClause:

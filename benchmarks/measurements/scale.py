@@ -204,7 +204,7 @@ def _claim(site: Site, connection: psycopg.Connection[Any]) -> float:
     assert now is not None
 
     def finished() -> Sequence[Any]:
-        return connection.execute(_FINISHED, (now[0], CLAIMED)).fetchone() or (0, 0.0)
+        return connection.execute(_FINISHED, (AGENT, now[0], CLAIMED)).fetchone() or (0, 0.0)
 
     site.post("/queue/resume")
     pause_until(lambda: finished()[0] >= CLAIMED, 300, f"{CLAIMED} tasks have ended", every_s=0.1)
@@ -229,7 +229,7 @@ _QUEUED = """
 
 _FINISHED = """
     SELECT count(*), extract(epoch FROM max(finished_at) - min(finished_at))
-    FROM (SELECT finished_at FROM tasks WHERE finished_at > %s
+    FROM (SELECT finished_at FROM tasks WHERE agent = %s AND finished_at > %s
           ORDER BY finished_at LIMIT %s) AS first
 """
 

@@ -90,14 +90,13 @@ async def answer_accepted(
         "queue_position": position,
         "links": links,
     }
-    more = {**replayed(submission, accepted), **(headers or {})}
+    more = {**replayed(accepted), **(headers or {})}
     return json_answer(content, 202, {"Location": links["self"], **more})
 
 
-def replayed(submission: Submission, accepted: Accepted) -> dict[str, str]:
+def replayed(accepted: Accepted) -> dict[str, str]:
     """Return the header that tells a repeated request from the first one."""
-    again = not accepted.fresh and submission.options.idempotency_key is not None
-    return {"Idempotent-Replayed": "true"} if again else {}
+    return {"Idempotent-Replayed": "true"} if accepted.replayed else {}
 
 
 async def find(task_id: UUID) -> Row[Any] | None:

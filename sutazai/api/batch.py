@@ -9,10 +9,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from sutazai import payload
+from sutazai.agent import Agent
 from sutazai.api.acceptance import accept_many
 from sutazai.api.answer import json_answer
 from sutazai.api.body import MAX_BODY_BYTES, read_json
-from sutazai.api.front import Front, front_of
+from sutazai.api.front import front_of
 from sutazai.api.tasks import read_submission
 from sutazai.errors import InvalidInput, PayloadTooLarge
 from sutazai.submission import Submission
@@ -32,26 +33,32 @@ async def create_tasks(request: Request) -> Response:
     items = await read_json(request, MAX_BATCH_BYTES)
     if not isinstance(items, list):
         raise InvalidInput("The body must be a JSON array of tasks, as [{…}, …].")
-    if not 1 <= len(items) <= MAX_ITEMS:
-        raise InvalidInput(f"A batch has 1 to {MAX_ITEMS} tasks; this one has {len(items)}.")
+    check_number(len(items))
     # On a thread: other clients must not wait until ten thousand tasks are validated.
-    submissions = await asyncio.to_thread(_read_all, front, items)
+    submissions = await asyncio.to_thread(_read_all, front.agent, items)
     ids = await accept_many(front, submissions)
     content = {"status": "accepted", "task_ids": [str(task_id) for task_id in ids]}
     return json_answer(content, 202)
 
 
-def _read_all(front: Front, items: list[Any]) -> list[Submission]:
-    return [_read(front, index, item) for index, item in enumerate(items)]
+def check_number(items: int) -> None:
+    """Raise `InvalidInput` when a batch has no tasks, or too many."""
+    if not 1 <= items <= MAX_ITEMS:
+        raise InvalidInput(f"A batch has 1 to {MAX_ITEMS} tasks; this one has {items}.")
 
 
-def _read(front: Front, index: int, item: Any) -> Submission:
+def _read_all(agent: Agent, items: list[Any]) -> list[Submission]:
+    return [read_item(agent, item, f"Item {index}") for index, item in enumerate(items)]
+
+
+def read_item(agent: Agent, item: Any, place: str, source: str = "api") -> Submission:
+    """Return one task of a batch; errors name its place. Raises as `read_submission` does."""
     if not isinstance(item, dict):
-        raise InvalidInput(f"Item {index}: it must be a JSON object.")
+        raise InvalidInput(f"{place}: it must be a JSON object.")
     if len(payload.dumps(item)) > MAX_BODY_BYTES:
-        raise PayloadTooLarge(f"Item {index} is larger than {MAX_BODY_BYTES} bytes.")
+        raise PayloadTooLarge(f"{place} is larger than {MAX_BODY_BYTES} bytes.")
     try:
-        return read_submission(front, item)
+        return read_submission(agent, item, source=source)
     except InvalidInput as error:
-        error.args = (f"Item {index}: {error}",)
+        error.args = (f"{place}: {error}",)
         raise

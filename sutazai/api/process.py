@@ -97,7 +97,7 @@ async def _wait(front: Front, submission: Submission, preference: Preference) ->
     except DatabaseUnavailable:
         # It was accepted: an error without its id would make the client send it again.
         row = None
-    headers = {**preference.headers, **replayed(submission, accepted)}
+    headers = {**preference.headers, **replayed(accepted)}
     if row is None or not State(row.state).is_terminal:
         state = State.QUEUED if row is None else State(row.state)
         return await answer_accepted(front, submission, accepted, state, headers)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from sutazai import db
+from sutazai import db, statements
 from sutazai.errors import DatabaseUnavailable, Deadlock
 
 if TYPE_CHECKING:
@@ -49,6 +49,9 @@ async def run(work: Work[T], *, within_s: float = WITHIN_S, again: bool = False)
 
     async def transact() -> T:
         async with db.async_transaction() as connection:
+            if within_s > WITHIN_S:
+                # The connection's own limit is for what is answered at once.
+                await connection.execute(statements.allow(within_s))
             return await work(connection)
 
     return await _bounded(_again(transact, harmless=again), within_s)

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from sutazai import callbacks, lifecycle, payload, record, statements
-from sutazai.agent import normalise
+from sutazai.agent import Agent, normalise
 from sutazai.api import store
 from sutazai.api.acceptance import accept, answer_accepted, find, read_key
 from sutazai.api.answer import json_answer
@@ -25,7 +25,7 @@ from sutazai.state import State
 from sutazai.submission import Instant, Options, Submission
 
 if TYPE_CHECKING:
-    from sqlalchemy import Row
+    from sqlalchemy import Row, TextClause
     from sqlalchemy.ext.asyncio import AsyncConnection
 
 MAX_PAGE = 200
@@ -68,12 +68,12 @@ class WaitQuery(BaseModel):
 async def create_task(request: Request) -> Response:
     """Accept a task and answer at once."""
     front = front_of(request)
-    submission = read_submission(front, await read_object(request), request)
+    submission = read_submission(front.agent, await read_object(request), request)
     return await answer_accepted(front, submission, await accept(front, submission))
 
 
 def read_submission(
-    front: Front, body: dict[str, Any], request: Request | None = None
+    agent: Agent, body: dict[str, Any], request: Request | None = None, source: str = "api"
 ) -> Submission:
     """Return what a body of action, params and options asks for; raises `InvalidInput`."""
     if unknown := [name for name in body if name not in _FIELDS]:
@@ -81,9 +81,9 @@ def read_submission(
             f"{unknown[0]}: the body has the fields action, params and options only.",
             details=[{"field": name, "message": "It is not known here."} for name in unknown],
         )
-    known = ", ".join(sorted(front.agent.actions))
+    known = ", ".join(sorted(agent.actions))
     name = require_text(body, "action", f"Name the action in the field action; one of: {known}.")
-    action = front.agent.get(name)
+    action = agent.get(name)
     params, options = read_member(body, "params"), read_member(body, "options")
     if request is not None:
         key = read_key(request, options.get("idempotency_key"), "options.idempotency_key")
@@ -91,7 +91,7 @@ def read_submission(
     chosen = Options()
     if options:
         chosen = payload.parse(Options, options, strict=True, prefix="options")
-    return Submission(action, params, callbacks.checked(chosen))
+    return Submission(action, params, callbacks.checked(chosen), source)
 
 
 def read_member(body: dict[str, Any], field: str) -> dict[str, Any]:
@@ -128,7 +128,12 @@ def chosen_agent(front: Front, name: str | None) -> str | None:
 
 
 async def _page(query: TasksQuery, agent: str | None) -> Sequence[Row[Any]]:
-    page = statements.tasks_page(
+    return await store.rows(page_of(query, agent))
+
+
+def page_of(query: TasksQuery, agent: str | None) -> TextClause:
+    """Return the statement that reads a page, and one task more: whether another page follows."""
+    return statements.tasks_page(
         limit=query.limit + 1,
         agent=agent,
         action=query.action,
@@ -139,7 +144,6 @@ async def _page(query: TasksQuery, agent: str | None) -> Sequence[Row[Any]]:
         parent_id=query.parent_id,
         before=query.cursor,
     )
-    return await store.rows(page)
 
 
 async def show_task(request: Request) -> Response:

@@ -71,7 +71,7 @@ def _read() -> list[dict[str, Any]]:
     names = started(load().agents)
     with db.transaction() as connection:
         states = connection.execute(statements.status(names)).all()
-        ended = {row.agent: row for row in connection.execute(statements.activity(60.0))}
+        ended = {row.agent: row for row in connection.execute(statements.activity(names, 60.0))}
     services = asyncio.run(check_services(_bell(), names[0])) if names else {}
     own = {
         name: {check: ask() for check, ask in load().get(name).health_checks.items()}
@@ -80,7 +80,7 @@ def _read() -> list[dict[str, Any]]:
     rows = []
     for state in states:
         report = assess(state.agent, state, services | own[state.agent])
-        done = ended.get(state.agent)
+        done = ended[state.agent]
         rows.append(
             {
                 "agent": state.agent,
@@ -89,8 +89,8 @@ def _read() -> list[dict[str, Any]]:
                 "queued": state.depth,
                 "running": state.running,
                 "oldest_queued_s": state.oldest_age_s,
-                "tasks_per_minute": (done.succeeded + done.failed) if done else 0,
-                "failed_per_minute": done.failed if done else 0,
+                "tasks_per_minute": done.succeeded + done.failed,
+                "failed_per_minute": done.failed,
                 "reasons": report.reasons,
             }
         )

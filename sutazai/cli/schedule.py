@@ -8,7 +8,7 @@ import typer
 
 from sutazai import payload
 from sutazai.cli.output import AsJSON, console, print_json, table
-from sutazai.cli.submission import read_params
+from sutazai.cli.submission import given, read_params
 from sutazai.settings import settings
 
 schedule = typer.Typer(
@@ -115,7 +115,7 @@ def add(
     settings().require_services()
     values = _values(every, cron, time_zone, overlap, catch_up, jitter, each_host, expires)
     values |= {"name": name, "action": action, "params": read_params(json_params, param)}
-    values |= _given(priority=priority, enabled=not paused)
+    values |= given(priority=priority, enabled=not paused)
     new = payload.parse(schedules.NewSchedule, values)
     with db.transaction() as connection:
         row = schedules.add(connection, new, load().get(agent))
@@ -140,7 +140,7 @@ def change(
 ) -> None:
     """Change a schedule; what is not given stays, but parameters are given all anew."""
     values = _values(every, cron, time_zone, overlap, catch_up, jitter, each_host, expires)
-    values |= _given(action=action, priority=priority)
+    values |= given(action=action, priority=priority)
     if param or json_params is not None:
         values["params"] = read_params(json_params, param)
     _change(name, **values)
@@ -211,7 +211,7 @@ def _values(
     """Return what was given, by the names of a schedule's fields."""
     on = None if each_host is None else "each-host" if each_host else "any-host"
     times = int(catch_up) if catch_up and catch_up.isdecimal() else catch_up
-    return _given(
+    return given(
         every_s=every,
         cron=cron,
         time_zone=time_zone,
@@ -221,7 +221,3 @@ def _values(
         on=on,
         expires=expires,
     )
-
-
-def _given(**values: Any) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if value is not None}

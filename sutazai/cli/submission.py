@@ -24,11 +24,18 @@ INTERRUPTED = 130
 POLL_S = 0.1
 WATCH_POLL_S = 0.3
 
+Agent = Annotated[str, typer.Argument(help="The agent's name.")]
+Label = Annotated[list[str] | None, typer.Option(help="key=value; all must hold. Repeatable.")]
+Since = Annotated[
+    str | None, typer.Option(metavar="INSTANT", help="At or after this, as 2026-01-31T12:00:00Z.")
+]
+Until = Annotated[str | None, typer.Option(metavar="INSTANT", help="Before this instant.")]
+
 tasks = typer.Typer(help="List, show, watch, cancel and retry tasks.", no_args_is_help=True)
 
 
 def submit(
-    agent: Annotated[str, typer.Argument(help="The agent's name.")],
+    agent: Agent,
     action: Annotated[str, typer.Argument(help="The action; `sutazai actions AGENT` lists them.")],
     param: Annotated[
         list[str] | None,
@@ -46,22 +53,64 @@ def submit(
         str | None,
         typer.Option(help="The same key with the same request is the same task: safe to repeat."),
     ] = None,
+    run_at: Annotated[
+        str | None,
+        typer.Option(metavar="INSTANT", help="Not before this, as 2026-01-31T12:00:00Z."),
+    ] = None,
+    deadline_at: Annotated[
+        str | None, typer.Option(metavar="INSTANT", help="Still queued then, the task fails.")
+    ] = None,
+    max_attempts: Annotated[
+        int | None, typer.Option(help="Failures allowed; default: the action's.")
+    ] = None,
+    time_limit: Annotated[
+        float | None, typer.Option(help="Seconds an attempt may run; default: the action's.")
+    ] = None,
+    concurrency_key: Annotated[
+        str | None, typer.Option(help="Of tasks with an equal key only so many run at once.")
+    ] = None,
+    on_conflict: Annotated[
+        str | None,
+        typer.Option(
+            help="While a task with the same concurrency key has not ended: enqueue (default), "
+            "reject, join, or replace, which cancels it."
+        ),
+    ] = None,
+    callback_url: Annotated[
+        str | None, typer.Option(help="Where the ended task is posted to, signed.")
+    ] = None,
+    label: Annotated[
+        list[str] | None, typer.Option(help="key=value, to find tasks by. Repeatable.")
+    ] = None,
 ) -> None:
     """Submit a task and wait for its result, which is printed as JSON.
 
     Exit code: 0 succeeded, 1 failed or cancelled, 2 refused, 3 still not ended, 4 PostgreSQL
     unreachable, 130 interrupted (the task goes on).
     """
+    from sutazai import callbacks
     from sutazai.celery import bell
     from sutazai.celery import submit as accept
     from sutazai.submission import Options, Submission
     from sutazai.tasks import load
 
     settings().require_services()
+    options = given(
+        priority=priority,
+        idempotency_key=idempotency_key,
+        run_at=run_at,
+        deadline_at=deadline_at,
+        max_attempts=max_attempts,
+        time_limit_s=time_limit,
+        concurrency_key=concurrency_key,
+        on_conflict=on_conflict,
+        callback_url=callback_url,
+        labels=read_labels(label),
+    )
     submission = Submission(
         load().get(agent).get(action),
         read_params(json_params, param),
-        payload.parse(Options, {"priority": priority, "idempotency_key": idempotency_key}),
+        callbacks.checked(payload.parse(Options, options)),
         "cli",
     )
     task_id = accept(submission).task_id
@@ -72,6 +121,42 @@ def submit(
     raise typer.Exit(_follow(task_id, wait))
 
 
+def batch(
+    agent: Agent,
+    file: Annotated[
+        typer.FileBinaryRead,
+        typer.Argument(help="One JSON object a line, as the routes take it; - reads stdin."),
+    ],
+) -> None:
+    """Submit many tasks, all or none, and print their ids in order.
+
+    A line is `{"action": "...", "params": {}, "options": {}}`, with the options of `POST /tasks`.
+    Exit code: 0 accepted, 2 refused, 4 PostgreSQL unreachable.
+    """
+    from sutazai import admission, db
+    from sutazai.api.batch import check_number, read_item
+    from sutazai.tasks import load
+
+    settings().require_services()
+    declared = load().get(agent)
+    submissions = [
+        read_item(declared, _read_line(line, number), f"Line {number}", "cli")
+        for number, line in enumerate(file, start=1)
+        if line.strip()
+    ]
+    check_number(len(submissions))
+    with db.transaction() as connection:
+        made = admission.accept_many(connection, submissions, limit=declared.queue_limit)
+    print_json({"status": "accepted", "task_ids": [str(new) for new in made]})
+
+
+def _read_line(line: bytes, number: int) -> Any:
+    try:
+        return payload.loads(line)
+    except (MalformedJSON, InvalidInput) as error:
+        raise InvalidInput(f"Line {number}: {error}") from None
+
+
 @tasks.command("list")
 def list_tasks(
     agent: Annotated[str | None, typer.Option(help="Only this agent's.")] = None,
@@ -79,25 +164,35 @@ def list_tasks(
         list[State] | None, typer.Option(help="Only in this state. Repeatable.")
     ] = None,
     action: Annotated[str | None, typer.Option(help="Only of this action.")] = None,
+    label: Label = None,
+    since: Since = None,
+    until: Until = None,
+    parent: Annotated[str | None, typer.Option(help="Only the children of this task.")] = None,
     limit: Annotated[int, typer.Option(min=1, max=200)] = 20,
     before: Annotated[str | None, typer.Option(help="Only older than this task.")] = None,
     as_json: AsJSON = False,
 ) -> None:
-    """List tasks, newest first."""
-    from sutazai import db, statements
+    """List tasks, newest first; --since and --until mean when they were accepted."""
+    from sutazai import db
     from sutazai.agent import normalise
+    from sutazai.api.tasks import TasksQuery, page_of
     from sutazai.record import task_json
 
     settings().require_services()
-    page = statements.tasks_page(
-        limit=limit,
-        agent=normalise(agent) if agent else None,
+    wanted = given(
         action=action,
-        states=[item.value for item in state or []],
-        before=_task_id(before) if before else None,
+        state=state,
+        label=label,
+        since=since,
+        until=until,
+        parent_id=_task_id(parent) if parent else None,
+        limit=limit,
+        cursor=_task_id(before) if before else None,
     )
+    query = payload.parse(TasksQuery, wanted)
     with db.transaction() as connection:
-        rows = connection.execute(page).all()
+        page = page_of(query, normalise(agent) if agent else None)
+        rows = connection.execute(page).all()[:limit]
     if as_json:
         print_json([task_json(row) for row in rows])
         return
@@ -238,14 +333,23 @@ def retry(
     ] = None,
     agent: Annotated[str | None, typer.Option(help="Failed tasks of this agent.")] = None,
     action: Annotated[str | None, typer.Option(help="Only of this action.")] = None,
+    state: Annotated[
+        str | None, typer.Option(help="How they ended: failed (default) or cancelled.")
+    ] = None,
     code: Annotated[str | None, typer.Option(help="Only with this error code.")] = None,
+    since: Since = None,
+    until: Until = None,
+    label: Label = None,
     param: Annotated[
         list[str] | None, typer.Option("--param", "-p", help="Replace a parameter. Repeatable.")
     ] = None,
     rate: Annotated[float, typer.Option(min=0.001, help="So many are started a second.")] = 10.0,
     limit: Annotated[int, typer.Option(min=1, max=10_000, help="So many at most.")] = 1000,
 ) -> None:
-    """Make new tasks of ended ones, and print their ids; the old ones stay as they are."""
+    """Make new tasks of ended ones, and print their ids; the old ones stay as they are.
+
+    --since and --until mean when they ended.
+    """
     from sutazai import db, replay
     from sutazai.celery import bell
     from sutazai.celery import submit as accept
@@ -255,14 +359,17 @@ def retry(
     edited = read_params(None, param)
     if (task_id is None) == (agent is None):
         raise InvalidInput("Give either a task's id or --agent.")
+    which = given(action=action, state=state, code=code, since=since, until=until)
+    which |= given(labels=read_labels(label) or None)
     if task_id is None:
         wanted = payload.parse(
             replay.Filter,
-            {"agent": agent, "action": action, "code": code, "params": edited}
-            | {"rate_per_s": rate, "limit": limit},
+            {"agent": agent, "params": edited, "rate_per_s": rate, "limit": limit, **which},
         )
         with db.transaction() as connection:
             made = replay.repeat_many(connection, wanted, load().agents)
+    elif which:
+        raise InvalidInput("What chooses among tasks goes with --agent, not with a task's id.")
     else:
         with db.transaction() as connection:
             again = replay.repeat_one(connection, _task_id(task_id), load().agents, edited=edited)
@@ -288,6 +395,22 @@ def read_params(text: str | None, pairs: list[str] | None) -> dict[str, Any]:
         except MalformedJSON:
             params[name] = value
     return params
+
+
+def read_labels(pairs: list[str] | None) -> dict[str, str]:
+    """Return the labels of --label; raises `InvalidInput`."""
+    labels = {}
+    for pair in pairs or []:
+        name, separator, value = pair.partition("=")
+        if not separator or not name:
+            raise InvalidInput(f"--label {pair!r}: give it as key=value.")
+        labels[name] = value
+    return labels
+
+
+def given(**values: Any) -> dict[str, Any]:
+    """Return the options that were given; the others have the defaults of what takes them."""
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _follow(task_id: UUID, wait_s: float) -> int:

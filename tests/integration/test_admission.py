@@ -6,6 +6,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -15,7 +16,7 @@ from sqlalchemy import text
 
 from sutazai import admission, db, lifecycle, replay, statements, worker
 from sutazai.admission import Accepted
-from sutazai.agent import Action, Agent, Context, NoParams
+from sutazai.agent import RETENTION, Action, Agent, Context, NoParams
 from sutazai.errors import KeyBusy, KeyReused, QueueDraining, QueueFull, TaskFailed
 from sutazai.keeper import Identity
 from sutazai.models import new_id
@@ -128,19 +129,39 @@ def test_a_key_is_one_task() -> None:
     assert scalar("SELECT count(*) FROM tasks") == 1
 
 
-def test_a_hundred_equal_requests_at_once_are_one_task() -> None:
+@pytest.mark.parametrize(
+    "conflict",
+    [{}] + [{"concurrency_key": "c", "on_conflict": how} for how in ("reject", "join", "replace")],
+)
+def test_a_hundred_equal_requests_at_once_are_one_task(conflict: dict[str, Any]) -> None:
     begin = threading.Barrier(8)
 
     def ask(_: int) -> Accepted:
         with suppress(threading.BrokenBarrierError):
             begin.wait(1)
-        return accept(idempotency_key="k")
+        return accept(idempotency_key="k", **conflict)
 
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(ask, range(100)))
     assert sum(answer.fresh for answer in answers) == 1
     assert len({answer.task_id for answer in answers}) == 1
-    assert scalar("SELECT count(*) FROM tasks") == 1
+    assert query("SELECT state FROM tasks").scalars().all() == ["queued"]
+
+
+@pytest.mark.parametrize("how", ["reject", "join", "replace"])
+def test_an_equal_request_that_waits_for_the_key_is_the_first_ones_task(how: str) -> None:
+    options = {"idempotency_key": "k", "concurrency_key": "c", "on_conflict": how}
+    first = Submission(work, {}, Options.model_validate(options))
+    with ThreadPoolExecutor(1) as pool:
+        with db.transaction() as connection:
+            admission.accept(connection, first, rung=False)
+            second = pool.submit(accept, **options)
+            _until(lambda: scalar(_WAITING))
+        assert second.result(20).task_id == first.task_id
+    assert query("SELECT state FROM tasks").scalars().all() == ["queued"]
+
+
+_WAITING = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
 
 
 @pytest.mark.parametrize("other", [{"number": 1}, {"priority": 6}, {"action": pair}])
@@ -196,6 +217,44 @@ def test_a_full_queue_refuses_new_tasks_and_still_knows_old_ones() -> None:
     with db.transaction() as connection:
         known = Submission(work, {}, Options(idempotency_key="k"))
         assert not admission.accept(connection, known, rung=False, limit=1).fresh
+
+
+def accept_many(*submissions: Submission, limit: int | None = None) -> list[UUID]:
+    with db.transaction() as connection:
+        return admission.accept_many(connection, submissions, limit=limit)
+
+
+def test_a_batch_is_refused_where_it_does_not_fit_as_a_whole() -> None:
+    accept()
+    batch = [Submission(work, {}) for _ in range(3)]
+    tomorrow = Options(run_at=datetime.now(UTC) + timedelta(days=1))
+    later = [Submission(work, {}, tomorrow) for _ in range(3)]
+    careful = [
+        Submission(work, {}, Options(concurrency_key=key, on_conflict="join"))
+        for key in ("a", "b", "a")
+    ]
+    with pytest.raises(QueueFull, match="may hold 3 due tasks, and has no room for 3 more"):
+        accept_many(*batch, limit=3)
+    with pytest.raises(QueueFull):
+        accept_many(*batch[1:], *careful, limit=4)
+    assert scalar("SELECT count(*) FROM tasks") == 1
+    assert len(accept_many(*batch[:1], *later[1:], limit=2)) == 3
+    with pytest.raises(QueueFull):
+        accept_many(later[0], limit=2)
+    assert len(set(accept_many(*batch[1:], *careful, limit=6))) == 4
+    assert scalar("SELECT count(*) FROM tasks WHERE run_at <= now()") == 6
+
+
+def test_a_batch_that_was_accepted_is_known_also_by_a_queue_that_takes_nothing() -> None:
+    keyed = [Submission(work, {}, Options(idempotency_key=key)) for key in ("a", "b")]
+    ids = accept_many(*keyed, limit=2)
+    again = [Submission(work, {}, Options(idempotency_key=key)) for key in ("a", "b")]
+    assert accept_many(*again, limit=2) == ids
+    with db.transaction() as connection:
+        connection.execute(statements.set_queue("tester", draining=True))
+    assert accept_many(*again) == ids
+    with pytest.raises(QueueDraining):
+        accept_many(*again, Submission(work, {}))
 
 
 def test_a_draining_queue_takes_children_only() -> None:
@@ -553,6 +612,48 @@ def test_a_replay_is_spread_edited_and_not_repeated() -> None:
     assert [float(row.after_s) for row in rows] == pytest.approx([0, 0.5, 1, 1.5, 2], abs=0.01)
 
 
+def test_a_replay_is_refused_where_it_does_not_fit() -> None:
+    fail(3)
+    small = Agent("tester", port=9999, doc="Tests.", queue_limit=2)
+    small.actions["work"] = work
+    waiting = accept()
+
+    def again(rate_per_s: float) -> list[UUID]:
+        wanted = replay.Filter(agent="tester", rate_per_s=rate_per_s)
+        with db.transaction() as connection:
+            return replay.repeat_many(connection, wanted, {"tester": small})
+
+    second = accept()
+    with pytest.raises(QueueFull):
+        again(0.001)
+    for task in (waiting, second):
+        perform(site(), task.task_id, work)
+    assert len(again(0.001)) == 3, "one is due, and the others in time"
+
+
+def prune(limit: int = 10, **days: float) -> int:
+    retention = {name: timedelta(days=kept) for name, kept in days.items()}
+    found = db.run(statements.prune(retention, otherwise=RETENTION, limit=limit))
+    return int(found[0][0])
+
+
+def test_each_agents_tasks_are_kept_as_long_as_it_says() -> None:
+    for name in ("brief", "gone", "long"):
+        declared = Agent(name, port=9998, doc="Tests.")
+        for _ in range(3):
+            accept(declared.get("describe"))
+    left = "SELECT agent, count(*) FROM tasks GROUP BY agent ORDER BY agent"
+    query("UPDATE tasks SET state = 'failed', finished_at = now() - interval '10 days'")
+    accept()
+    assert prune(brief=1, long=60) == 3
+    assert [tuple(row) for row in query(left)] == [("gone", 3), ("long", 3), ("tester", 1)]
+    query("UPDATE tasks SET finished_at = now() - interval '40 days' WHERE state = 'failed'")
+    assert [prune(2, brief=1, long=60) for _ in range(3)] == [2, 1, 0], "in chunks"
+    assert [tuple(row) for row in query(left)] == [("long", 3), ("tester", 1)]
+    assert prune(1, long=30) + prune(10, long=30) == 3
+    assert scalar("SELECT sum(tasks) FROM totals") == 9
+
+
 def test_pruning_takes_all_that_is_the_tasks_and_keeps_the_totals() -> None:
     ended = accept(idempotency_key="old").task_id
     assert perform(site(), ended, work)
@@ -560,8 +661,7 @@ def test_pruning_takes_all_that_is_the_tasks_and_keeps_the_totals() -> None:
     query("UPDATE tasks SET finished_at = now() - interval '40 days' WHERE task_id=:id", id=ended)
     query("INSERT INTO task_events VALUES (:id, 1, 'log', '{}')", id=ended)
     for expected in (1, 0):
-        prune = statements.prune(after_s=30 * 86_400, scheduled=False, limit=10)
-        assert db.run(prune)[0][0] == expected
+        assert prune() == expected
     for table in ("attempts", "task_events"):
         assert scalar(f"SELECT count(*) FROM {table}") == 0
     assert scalar("SELECT key FROM idempotency_keys") == "new"
@@ -571,13 +671,25 @@ def test_pruning_takes_all_that_is_the_tasks_and_keeps_the_totals() -> None:
     assert totals == [("tester", "work", "succeeded", 1)]
 
 
+def test_activity_counts_what_has_ended_lately() -> None:
+    fail(2)
+    assert perform(site(), accept().task_id, work)
+    query(
+        "UPDATE tasks SET finished_at = now() - interval '2 min' WHERE params = '{\"number\": 2}'"
+    )
+    found = db.run(statements.activity(["tester", "other"], 60.0))
+    assert [tuple(row) for row in found] == [("tester", 1, 1), ("other", 0, 0)]
+
+
 def test_the_key_of_a_run_of_a_schedule_lasts_as_long_as_any() -> None:
     task_id = accept(idempotency_key="run").task_id
     query("UPDATE tasks SET scheduled_by = 's', state = 'failed'")
     query("UPDATE tasks SET finished_at = now() - interval '2 days'")
-    assert db.run(statements.prune(after_s=86_400, scheduled=True, limit=10))[0][0] == 0
+    prune_ticks = statements.prune_ticks(after=timedelta(days=1), limit=10)
+    assert db.run(prune_ticks)[0][0] == 0
     query("UPDATE tasks SET tick_at = now()")
-    assert db.run(statements.prune(after_s=86_400, scheduled=True, limit=10))[0][0] == 1
+    assert prune() == 0
+    assert db.run(prune_ticks)[0][0] == 1
     assert accept(idempotency_key="run").task_id != task_id
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
@@ -84,6 +85,16 @@ def test_a_replay_waits_for_the_task_of_the_first_request(front: Front) -> None:
         front.bell.perform("test-front", "add", UUID(task_id))
         assert answer.result(20).json()["task_id"] == task_id
     assert count_tasks() == 1
+
+
+def test_a_first_request_that_joins_a_task_is_no_replay(front: Front) -> None:
+    joined = front.queue("add", options={"concurrency_key": "c"})
+    options = {"concurrency_key": "c", "on_conflict": "join", "idempotency_key": "k"}
+    body = {"action": "add", "params": {"first": 1}, "options": options}
+    first, again = (front.client.post("/tasks", json=body) for _ in range(2))
+    assert first.json()["task_id"] == again.json()["task_id"] == joined
+    told = [answer.headers.get("Idempotent-Replayed") for answer in (first, again)]
+    assert told == [None, "true"]
 
 
 def test_another_request_under_the_same_key_is_refused(front: Front) -> None:
@@ -260,6 +271,41 @@ def test_failed_tasks_are_replayed_in_bulk(front: Front) -> None:
     assert len(front.client.post("/tasks/retry").json()["task_ids"]) == 1
     assert front.client.post("/tasks/retry", json={"colour": "red"}).status_code == 422
     assert front.client.post("/tasks/retry", json={"agent": "nobody"}).status_code == 404
+
+
+@pytest.fixture
+def _labelled(front: Front) -> Iterator[None]:
+    """Label new tasks with the limit under which they were inserted."""
+    with db.transaction() as connection:
+        for statement in _LABEL:
+            connection.execute(text(statement))
+    yield
+    with db.transaction() as connection:
+        connection.execute(text("DROP FUNCTION label_limit CASCADE"))
+
+
+_LABEL = (
+    """CREATE FUNCTION label_limit() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+        NEW.labels = jsonb_build_object('limit', current_setting('statement_timeout'));
+        RETURN NEW; END $$""",
+    "CREATE TRIGGER label_limit BEFORE INSERT ON tasks FOR EACH ROW EXECUTE FUNCTION label_limit()",
+)
+
+
+@pytest.mark.usefixtures("_labelled")
+def test_what_may_take_long_is_not_cut_off_as_what_is_answered_at_once(front: Front) -> None:
+    def limit(task_id: str) -> Any:
+        return front.client.get(f"/tasks/{task_id}").json()["labels"]["limit"]
+
+    failed = front.client.post("/process", json={"action": "fail", "how": "plain"}).json()
+    [made] = front.client.post("/tasks/retry").json()["task_ids"]
+    body = {"action": "add", "params": {"first": 1}, "options": {"idempotency_key": "k"}}
+    [batched] = front.client.post("/tasks/batch", json=[body]).json()["task_ids"]
+    assert (limit(failed["task_id"]), limit(made), limit(batched)) == ("2500ms", "30s", "30s")
+    body["options"] = {"idempotency_key": "l"}
+    for _ in range(8):  # whichever pooled connection it was
+        later = front.client.post("/tasks", json=body).json()["task_id"]
+    assert limit(later) == "2500ms"
 
 
 # --- events ---------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from sqlalchemy import text, update
 
 from sutazai import admission, db, lifecycle, statements
-from sutazai.agent import Action, Agent, Context, NoParams
+from sutazai.agent import RETENTION, Action, Agent, Context, NoParams
 from sutazai.models import new_id, tasks
 from sutazai.state import Outcome, State
 from sutazai.submission import Options, Submission
@@ -475,7 +475,7 @@ def test_old_tasks_are_pruned_with_their_attempts_and_live_families_are_kept() -
             .where(tasks.c.task_id.in_([old, child]))
             .values(finished_at=text("now() - interval '40 days'"))
         )
-        connection.execute(statements.prune(after_s=30 * 86_400, scheduled=False, limit=10))
+        connection.execute(statements.prune({}, otherwise=RETENTION, limit=100))
         left = set(connection.execute(tasks.select().with_only_columns(tasks.c.task_id)).scalars())
     assert left == {fresh, parent, child}
     assert outcomes(fresh) == ["succeeded"]

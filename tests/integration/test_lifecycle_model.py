@@ -21,7 +21,7 @@ from pydantic import BaseModel
 from sqlalchemy import select, text
 
 from sutazai import admission, db, lifecycle, statements
-from sutazai.agent import Agent, Context, NoParams
+from sutazai.agent import RETENTION, Agent, Context, NoParams
 from sutazai.errors import KeyReused
 from sutazai.models import metadata, new_id
 from sutazai.models import tasks as tasks_table
@@ -213,7 +213,7 @@ class Life(RuleBasedStateMachine):
                     " WHERE finished_at IS NOT NULL"
                 )
             )
-            connection.execute(statements.prune(after_s=86_400, scheduled=False, limit=100))
+            connection.execute(statements.prune({}, otherwise=RETENTION, limit=100))
             left = set(connection.execute(text("SELECT task_id FROM tasks")).scalars())
         for task_id in self.seen.keys() - left:
             assert State(self.seen.pop(task_id).state).is_terminal

@@ -3,11 +3,12 @@
 import gc
 import threading
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import pytest
 from kombu import Connection
-from sqlalchemy import select, text
+from sqlalchemy import select, text, update
 
 from sutazai import admission, db, redis, statements
 from sutazai.bell import TOGETHER_MAX, WINDOW_MAX, WINDOW_MIN, Pace, pace
@@ -16,6 +17,7 @@ from sutazai.models import services, tasks
 from sutazai.relay import Relay
 from sutazai.ringer import abandon
 from sutazai.submission import Options, Submission
+from sutazai.tasks import load
 from tests.conftest import Servers, free_port
 
 AGENT = "task-assignment-coordinator"
@@ -35,8 +37,6 @@ def bell(database: Servers) -> Iterator[Any]:
 
 
 def accept(count: int = 1, *, rung: bool = False, **options: Any) -> None:
-    from sutazai.tasks import load
-
     describe = load().get(AGENT).get("describe")
     with db.transaction() as connection:
         for _ in range(count):
@@ -263,9 +263,7 @@ def test_two_beats_make_one_task_a_tick(bell: Any) -> None:
 def test_the_bell_of_a_command_that_ends_at_once_still_rings(bell: Any) -> None:
     from sutazai.celery import find_action, submit
 
-    action = find_action(f"{AGENT}.describe")
-    assert action
-    assert submit(Submission(action, {}, Options()))
+    assert submit(Submission(find_action(f"{AGENT}.describe"), {}, Options()))
     from sutazai import celery
 
     celery.bell().close()
@@ -290,3 +288,22 @@ def test_a_connection_that_is_given_up_is_closed(database: Servers) -> None:
     assert clients() == before
     abandon(connection)
     assert clients() < before
+
+
+def test_the_relay_keeps_ended_tasks_as_long_as_their_agent_says(
+    bell: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sutazai.celery import find_action
+
+    with db.transaction() as connection:
+        for action in (f"{AGENT}.describe", "ai-metrics-exporter.describe"):
+            submission = Submission(find_action(action), {}, Options())
+            admission.accept(connection, submission, rung=False)
+        connection.execute(
+            update(tasks).values(
+                state="failed", finished_at=text("now() - interval '3 days'"), next_ring_at=None
+            )
+        )
+    monkeypatch.setattr(load().get(AGENT), "retention", timedelta(days=2))
+    Relay(bell).round()
+    assert db.run(select(tasks.c.agent)) == [("ai-metrics-exporter",)]

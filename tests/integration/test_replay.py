@@ -112,6 +112,24 @@ def test_one_task_is_tried_again_by_command_as_by_route() -> None:
     assert isinstance(command("tasks", "retry", str(uuid4())).exception, TaskNotFound)
 
 
+@pytest.mark.usefixtures("database")
+def test_what_was_for_a_host_is_tried_again_there() -> None:
+    bound = [Submission(agent.get("nothing"), {}, host="there") for _ in range(2)]
+    with db.transaction() as connection:
+        for submission in bound:
+            admission.accept(connection, submission, rung=True)
+    for submission in bound:
+        end(submission.task_id)
+    agents = {agent.name: agent}
+    with db.transaction() as connection:
+        again = replay.repeat_one(connection, bound[0].task_id, agents)
+        assert (again.host, again.notice.host) == ("there", "there")
+        admission.accept(connection, again, rung=True)
+        replay.repeat_many(connection, replay.Filter(agent=agent.name), agents)
+    hosts = query("SELECT host FROM tasks WHERE retry_of IS NOT NULL").scalars().all()
+    assert hosts == ["there", "there"]
+
+
 # --- queues ---------------------------------------------------------------------------------
 
 

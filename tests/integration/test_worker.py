@@ -87,6 +87,16 @@ def cancelled_meanwhile(params: NoParams, context: Context) -> Number:
 
 
 @agent.action()
+def never_looking(params: Number, context: Context) -> Number:
+    """Be cancelled while running, report progress if asked to, and end as if nothing was."""
+    with db.transaction() as connection:
+        lifecycle.cancel(connection, context.task_id)
+    if params.number:
+        context.progress(1.0)
+    return params
+
+
+@agent.action()
 def overtaken(params: NoParams, context: Context) -> Number:
     """Lose the lease while running."""
     with db.transaction() as connection:
@@ -236,6 +246,16 @@ def test_delegating(site: Site) -> None:
 def test_a_cancelled_task_is_cancelled_whatever_its_action_raises(site: Site) -> None:
     with pytest.raises(TaskCancelled):
         run(site, cancelled_meanwhile)
+    assert last().state == "cancelled"
+
+
+def test_a_cancelled_task_that_ends_in_time_has_succeeded_unless_it_reported_after_it(
+    site: Site,
+) -> None:
+    run(site, never_looking)
+    assert last().state == "succeeded"
+    with pytest.raises(TaskCancelled):
+        run(site, never_looking, number=1)
     assert last().state == "cancelled"
 
 

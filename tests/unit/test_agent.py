@@ -214,6 +214,7 @@ def test_a_schedule_needs_an_action_without_required_parameters() -> None:
         {"slots": (2, 1, 4)},
         {"slots": (0, 1, 1)},
         {"pool": "gevent"},
+        {"retention": timedelta(hours=1)},
     ],
 )
 def test_a_wrong_agent_is_refused(values: dict[str, Any]) -> None:
