@@ -36,6 +36,7 @@ from sutazai.errors import (
     SutazaiError,
     TaskFailed,
     Unavailable,
+    UnknownAction,
     UnknownAgent,
     Unsupported,
 )
@@ -465,6 +466,23 @@ def _prepare_worker(instance: Any, options: Mapping[str, Any], **_: Any) -> None
 def _consume_direct_queue(instance: Any, **_: Any) -> None:
     queues = instance.app.amqp.queues
     queues.select_add(direct_queue(instance.hostname, queues[_agent_of(instance).name]))
+
+
+@signals.task_unknown.connect(weak=False)
+def _refuse_unknown(message: Any, name: str, id: str, **_: Any) -> None:  # noqa: A002 - Celery's
+    """Fail a task of this worker's agent whose action nobody here knows; Celery only drops it."""
+    task_id = _uuid(id)
+    agent, action = name.rpartition(".")[::2]
+    if task_id is None or NOTICE_HEADER not in message.headers:
+        return
+    if agent != _site().identity.agent:
+        return  # a notice on the wrong queue: the task's own worker may know the action
+    try:
+        load().get(agent).get(action)
+    except UnknownAction as why:
+        with db.transaction() as connection:
+            ended = lifecycle.refuse(connection, task_id, agent, action, why)
+        redis.announce_ended(ended)
 
 
 @signals.worker_shutting_down.connect(weak=False)

@@ -211,13 +211,27 @@ def set_queue(
 
 def expire(connection: Connection, limit: int = 500) -> list[Ended]:
     """Fail queued tasks whose deadline has passed; one that somebody works on is left for later."""
-    late = _lockable(connection, statements.past_deadline(limit))
-    if not late:
-        return []
     error = error_json(DeadlineExceeded("The deadline passed before a worker was free."))
+    return _fail_queued(connection, statements.past_deadline(limit), error)
+
+
+def refuse(
+    connection: Connection, task_id: UUID, agent: str, action: str, why: SutazaiError
+) -> list[Ended]:
+    """Fail a queued task that its agent's worker cannot run; one of another action is left."""
+    error = {**error_json(why), "code": why.code}
+    return _fail_queued(connection, statements.queued_of(task_id, agent, action), error)
+
+
+def _fail_queued(
+    connection: Connection, wanted: Select[Any], error: Mapping[str, Any]
+) -> list[Ended]:
+    found = _lockable(connection, wanted)
+    if not found:
+        return []
     gone = []
     for row in connection.execute(
-        statements.end_queued([row.task_id for row in late], State.FAILED, error)
+        statements.end_queued([row.task_id for row in found], State.FAILED, error)
     ).all():
         gone.append(Ended(row.task_id, row.agent, State.FAILED))
         if row.parent_id:

@@ -1017,18 +1017,25 @@ def advance_parent(child_id: UUID, parent_id: UUID) -> Update:
     )
 
 
+_LOCKED_WITH = (
+    tasks.c.task_id,
+    tasks.c.claim_id,
+    tasks.c.agent,
+    tasks.c.parent_id,
+    tasks.c.concurrency_key,
+)
+"""What decides which locks are taken before a task's own."""
+
+
 def past_deadline(limit: int) -> Select[Any]:
     """Find queued tasks whose deadline has passed."""
-    return (
-        select(
-            tasks.c.task_id,
-            tasks.c.claim_id,
-            tasks.c.agent,
-            tasks.c.parent_id,
-            tasks.c.concurrency_key,
-        )
-        .where(_QUEUED, tasks.c.deadline_at <= _NOW)
-        .limit(limit)
+    return select(*_LOCKED_WITH).where(_QUEUED, tasks.c.deadline_at <= _NOW).limit(limit)
+
+
+def queued_of(task_id: UUID, agent: str, action: str) -> Select[Any]:
+    """Find a task if it is queued and of this action."""
+    return select(*_LOCKED_WITH).where(
+        _QUEUED, tasks.c.task_id == task_id, tasks.c.agent == agent, tasks.c.action == action
     )
 
 

@@ -11,6 +11,7 @@ from sqlalchemy import text, update
 
 from sutazai import admission, db, lifecycle, statements
 from sutazai.agent import Action, Agent, Context, NoParams
+from sutazai.errors import UnknownAction
 from sutazai.models import new_id, tasks
 from sutazai.state import Outcome, State
 from sutazai.submission import Options, Submission
@@ -280,6 +281,25 @@ def test_deadlines() -> None:
     with db.transaction() as connection:
         assert [gone.task_id for gone in lifecycle.expire(connection)] == [task_id]
     assert read(task_id).error["code"] == "deadline_exceeded"
+
+
+def test_a_queued_task_of_an_unknown_action_fails_and_no_other_does() -> None:
+    parent, running, _ = _family()
+    child = read(running)
+    with db.transaction() as connection:
+        connection.execute(tasks.update().values(state="queued").where(tasks.c.task_id == running))
+
+    def refuse(agent: str, action: str) -> list[UUID]:
+        why = UnknownAction("There is no such action.")
+        with db.transaction() as connection:
+            ended = lifecycle.refuse(connection, child.task_id, agent, action, why)
+        return [each.task_id for each in ended]
+
+    assert refuse("other", child.action) == []
+    assert refuse("tester", "other") == []
+    assert refuse("tester", child.action) == [child.task_id, parent]
+    assert refuse("tester", child.action) == []
+    assert (read(parent).state, read(parent).error["code"]) == ("failed", "unknown_action")
 
 
 def _family() -> tuple[UUID, UUID, UUID]:
