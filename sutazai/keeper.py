@@ -153,7 +153,7 @@ _PIPE_BYTES = 1 << 20
 
 
 class Report(NamedTuple):
-    """An attempt's word on its begin or end."""
+    """An attempt's word on its begin or end, or on how long it may take from now on."""
 
     began: bool
     task_id: UUID
@@ -341,14 +341,17 @@ class Keeper(threading.Thread):
     def _take_reports(self) -> None:
         for report in self._reports.read():
             self._told_at = report.at
-            if report.began:
+            known = self._running.get(report.claim_id)
+            if not report.began:
+                self._running.pop(report.claim_id, None)
+            elif known is None:
                 self._claims += 1
                 self._claimed_at = report.at
                 self._running[report.claim_id] = Running(
                     report.task_id, report.claim_id, report.pid, report.limit_s, report.at
                 )
             else:
-                self._running.pop(report.claim_id, None)
+                known.limit_s, known.began_at = report.limit_s, report.at
 
     def _beat(self) -> None:
         values: dict[str, Any] = {

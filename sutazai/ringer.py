@@ -19,8 +19,12 @@ from sutazai.bell import NOTICE_HEADER, WINDOW_MAX, WINDOW_MIN, WINDOWS_KEY, Not
 from sutazai.broker import broker_of, direct_name
 from sutazai.errors import DatabaseUnavailable
 
-SECOND_NET_S = 10.0
-"""Celery's own hard time limit lies this far beyond the task's, which the keeper enforces."""
+SECOND_NET_S = 600.0
+"""Celery's own hard time limit lies this far beyond the task's, which the keeper enforces.
+
+It frees the slot of an endless action whose keeper hangs, and must end nothing else: not an attempt
+that waits for PostgreSQL to take its outcome, nor one that waits until it is alone, which has none.
+"""
 
 QUICKLY_S = 1.0
 """What fails sooner than this on an open connection is tried again on a new one.
@@ -230,6 +234,7 @@ _EMPTY_BODY = '[[], {}, {"callbacks": null, "errbacks": null, "chain": null, "ch
 
 def _publish_notice(producer: Any, notice: Notice, rank: int) -> None:
     task_id = str(notice.task_id)
+    hard_limit_s = None if notice.time_limit_s is None else notice.time_limit_s + SECOND_NET_S
     routing_key = notice.agent
     if notice.host:
         routing_key = direct_name(f"{notice.agent}@{notice.host}")
@@ -252,7 +257,7 @@ def _publish_notice(producer: Any, notice: Notice, rank: int) -> None:
             "retries": 0,
             "eta": None,
             "expires": None,
-            "timelimit": [notice.time_limit_s + SECOND_NET_S, None],
+            "timelimit": [hard_limit_s, None],
             "argsrepr": "",
             "kwargsrepr": notice.summary,
             "origin": "sutazai",

@@ -77,7 +77,7 @@ _NOTICE = (
     tasks.c.action,
     tasks.c.priority,
     tasks.c.host,
-    tasks.c.time_limit_s,
+    case((tasks.c.crashes > 0, None), else_=tasks.c.time_limit_s).label("time_limit_s"),
     func.left(cast(tasks.c.params, Text), 100).label("summary"),
 )
 

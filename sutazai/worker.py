@@ -203,7 +203,10 @@ class Attempt:
                 time.sleep(ALONE_POLL_S)
         except DatabaseUnavailable as error:
             raise Unrecorded(str(error)) from error
-        limit_s = self._row.time_limit_s
+        self._limit(self._row.time_limit_s)
+
+    def _limit(self, limit_s: float) -> None:
+        """Tell the keeper how long this attempt may take from now on."""
         claim = {"task_id": self.task_id, "claim_id": self.claim_id}
         self._site.reports.tell(began=True, **claim, limit_s=limit_s)
 
@@ -276,6 +279,7 @@ class Attempt:
             ended = record()
         except DatabaseUnavailable:
             uncertain = True
+            self._limit(math.inf)  # the work is done: an outage must not make it late
             try:
                 ended = _PATIENTLY(record)
             except DatabaseUnavailable as error:

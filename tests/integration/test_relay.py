@@ -10,11 +10,12 @@ from sqlalchemy import select, text
 
 from sutazai import admission, db, redis, statements
 from sutazai.bell import WINDOW_MAX, WINDOW_MIN, window
-from sutazai.keeper import Identity
+from sutazai.keeper import LIMIT_GRACE_S, Identity
 from sutazai.models import services, tasks
 from sutazai.relay import Relay
 from sutazai.ringer import abandon
 from sutazai.submission import Options, Submission
+from sutazai.worker import OUTAGE_S
 from tests.conftest import Servers, free_port
 
 AGENT = "task-assignment-coordinator"
@@ -102,6 +103,24 @@ def test_redis_keeps_no_list_of_unacknowledged_notices(bell: Any) -> None:
         queue = app.amqp.queues[AGENT](connection.default_channel)
         assert queue.get() is not None
         assert redis.attempt(lambda client: client.keys("unacked*")) == []
+
+
+def test_celerys_own_limit_spares_what_waits_for_postgresql_or_to_be_alone(bell: Any) -> None:
+    from sutazai.celery import app
+
+    accept(priority=9)
+    accept(priority=1)
+    with db.transaction() as connection:
+        connection.execute(tasks.update().values(crashes=1).where(tasks.c.priority == 1))
+        limit_s = connection.execute(select(tasks.c.time_limit_s)).scalars().first()
+    assert limit_s
+    Relay(bell).round()
+    assert depth(bell) == 2
+    with app.connection_for_read() as connection:
+        queue = app.amqp.queues[AGENT](connection.default_channel)
+        (hard_s, _), alone = [queue.get().headers["timelimit"] for _ in range(2)]
+    assert hard_s > limit_s + LIMIT_GRACE_S + OUTAGE_S
+    assert alone == [None, None]
 
 
 def test_nothing_is_rung_without_a_worker_or_while_paused(bell: Any) -> None:
