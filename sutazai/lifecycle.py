@@ -250,14 +250,15 @@ def rescue(connection: Connection, lost: Select[Any], *, own_process: bool = Fal
     """Take back the tasks of dead workers: queued again, or failed when that must not be.
 
     A crash is charged only when the task's own process died (`own_process`), or its worker died
-    while it ran nothing else; otherwise a neighbour may be to blame.
+    while it ran nothing else; otherwise a neighbour may be to blame. All that a dead worker ran are
+    suspects from then on and run alone, so that the next death is charged to one.
     """
-    rows = _lockable(connection, lost)
-    alone = {row.task_id: row.neighbours == 0 for row in rows}  # before any of them has moved
     ended: list[Ended] = []
+    rows = _lockable(connection, lost)  # read before any of them has moved
     for row in rows:
-        charged = own_process or (row.worker_is_dead and alone[row.task_id])
-        ended += _rescue_one(connection, row, charged=charged) or ()
+        died = own_process or row.worker_is_dead
+        charged = own_process or (row.worker_is_dead and row.ran_alone)
+        ended += _rescue_one(connection, row, charged=charged, alone=died) or ()
     return Rescued(len(rows), ended)
 
 
@@ -278,7 +279,9 @@ def _claim_of(row: Row[Any]) -> Claim:
     return Claim(row.task_id, row.claim_id, row.agent, row.parent_id, row.concurrency_key)
 
 
-def _rescue_one(connection: Connection, row: Row[Any], *, charged: bool) -> list[Ended] | None:
+def _rescue_one(
+    connection: Connection, row: Row[Any], *, charged: bool, alone: bool
+) -> list[Ended] | None:
     crashes = row.crashes + int(charged)
     fatal: SutazaiError | None = None
     if not row.rerun_after_crash:
@@ -293,6 +296,7 @@ def _rescue_one(connection: Connection, row: Row[Any], *, charged: bool) -> list
         _claim_of(row),
         Outcome.LOST,
         crashes=int(charged),
+        alone=alone,
         delay_s=SECOND_CRASH_DELAY_S if charged and crashes > 1 else 0.0,
         error=error_json(WorkerLost("The worker died while the task ran.")),
     )

@@ -77,7 +77,7 @@ _NOTICE = (
     tasks.c.action,
     tasks.c.priority,
     tasks.c.host,
-    case((tasks.c.crashes > 0, None), else_=tasks.c.time_limit_s).label("time_limit_s"),
+    case((tasks.c.alone, None), else_=tasks.c.time_limit_s).label("time_limit_s"),
     func.left(cast(tasks.c.params, Text), 100).label("summary"),
 )
 
@@ -595,8 +595,8 @@ def claim(
 ) -> TextClause:
     """Start an attempt, if the task is due here; no row: a stale, doubled or foreign notice.
 
-    A task with a concurrency key is claimed by `claim_of_key`. Beside a task whose process has
-    died before, nothing is started on the same worker, so that the next death has one suspect.
+    A task with a concurrency key is claimed by `claim_of_key`. Beside a suspect, a task that has
+    seen its worker or its process die, nothing is started on the same worker.
     """
     return _CLAIM.bindparams(
         task_id=task_id,
@@ -645,13 +645,13 @@ _CLAIM_ANY = """
       AND cancel_requested_at IS NULL
       AND NOT EXISTS (SELECT 1 FROM queues WHERE queues.agent = :agent AND paused)
       AND NOT EXISTS (SELECT 1 FROM tasks s
-                      WHERE s.worker_id = :worker_id AND s.state = 'running' AND s.crashes > 0)
+                      WHERE s.worker_id = :worker_id AND s.state = 'running' AND s.alone)
       AND concurrency_key IS {keyed} NULL
     RETURNING {columns}, set_config('synchronous_commit', 'off', true)
 """
 
 _CLAIMED_COLUMNS = """task_id, action, params, attempt, failures, max_attempts, time_limit_s,
-    created_at, deadline_at, parent_id, concurrency_key, crashes"""
+    created_at, deadline_at, parent_id, concurrency_key, alone"""
 
 _CLAIM = text(_CLAIM_ANY.format(keyed="", columns=_CLAIMED_COLUMNS))
 _CLAIM_OF_KEY = text(_CLAIM_ANY.format(keyed="NOT", columns=_CLAIMED_COLUMNS))
@@ -681,7 +681,7 @@ _UNCLAIMED = text(
     """
     SELECT agent, concurrency_key,
            EXISTS (SELECT 1 FROM tasks s
-                   WHERE s.worker_id = :worker_id AND s.state = 'running' AND s.crashes > 0)
+                   WHERE s.worker_id = :worker_id AND s.state = 'running' AND s.alone)
            AS beside_suspect
     FROM tasks WHERE task_id = :task_id AND state = 'queued' AND NOT held
     """
@@ -700,7 +700,7 @@ _BESIDE = text(
     """
     SELECT count(*) FROM tasks
     WHERE worker_id = :worker_id AND state = 'running' AND task_id <> :task_id
-      AND (crashes = 0 OR task_id < :task_id)
+      AND (NOT alone OR task_id < :task_id)
     """
 )
 
@@ -857,9 +857,13 @@ def requeue(
     delay_s: float = 0.0,
     failures: int = 0,
     crashes: int = 0,
+    alone: bool = False,
     error: Mapping[str, Any] | None = None,
 ) -> Select[Any]:
-    """Put a running task back: retry, drain and rescue. One that was cancelled ends instead."""
+    """Put a running task back: retry, drain and rescue. One that was cancelled ends instead.
+
+    alone: from now on it is a suspect, and runs beside nothing else.
+    """
     cancelled = tasks.c.cancel_requested_at.is_not(None)
     run_at = _NOW + _seconds(delay_s) if delay_s > 0 else _NOW
     return _leave(
@@ -875,6 +879,7 @@ def requeue(
         next_ring_at=None if delay_s > 0 else case((cancelled, None), else_=_NOW),
         failures=tasks.c.failures + failures,
         crashes=tasks.c.crashes + crashes,
+        alone=or_(tasks.c.alone, literal(alone)),
     )
 
 
@@ -1042,15 +1047,16 @@ def queued_of(task_id: UUID, agent: str, action: str) -> Select[Any]:
 # --- rescue ---------------------------------------------------------------------------------
 
 _other = tasks.alias("other")
-_NEIGHBOURS = (
-    select(func.count())
+# Suspects wait for all that is no suspect, and of themselves the oldest goes first (`neighbours`).
+_HAS_COMPANY = (
+    exists()
     .where(
         _other.c.worker_id == tasks.c.worker_id,
         _other.c.state == State.RUNNING.value,
         _other.c.task_id != tasks.c.task_id,
+        or_(~_other.c.alone, and_(tasks.c.alone, _other.c.task_id < tasks.c.task_id)),
     )
     .correlate(tasks)
-    .scalar_subquery()
 )
 _WORKER_LIVES = (
     exists()
@@ -1070,7 +1076,7 @@ _RESCUE = (
     tasks.c.rerun_after_crash,
     tasks.c.parent_id,
     tasks.c.concurrency_key,
-    _NEIGHBOURS.label("neighbours"),
+    (~_HAS_COMPANY).label("ran_alone"),
     (~_WORKER_LIVES).label("worker_is_dead"),
 )
 
@@ -1200,7 +1206,7 @@ _CLAIMABLE = text(
           AND (host IS NULL OR host = :host) AND (deadline_at IS NULL OR deadline_at > now())
     ) AND NOT EXISTS (SELECT 1 FROM queues WHERE queues.agent = :agent AND paused)
       AND NOT EXISTS (SELECT 1 FROM tasks s
-                      WHERE s.worker_id = :worker_id AND s.state = 'running' AND s.crashes > 0)
+                      WHERE s.worker_id = :worker_id AND s.state = 'running' AND s.alone)
       AND EXISTS (SELECT 1 FROM services WHERE kind = 'relay'
                   AND heartbeat_at > now() - make_interval(secs => :relay_s)) AS found
     """
@@ -1561,7 +1567,7 @@ _STATUS = """
                 'heartbeat_age_s', extract(epoch FROM now() - w.heartbeat_at),
                 'slots', w.slots, 'running', w.running, 'consuming', w.consuming,
                 'alone', EXISTS (SELECT 1 FROM tasks s WHERE s.worker_id = w.worker_id
-                                 AND s.state = 'running' AND s.crashes > 0),
+                                 AND s.state = 'running' AND s.alone),
                 'idle_s', extract(epoch FROM now() - coalesce(w.claimed_at, w.started_at)))
                 ORDER BY w.name)
             FROM workers w

@@ -171,7 +171,7 @@ class Attempt:
         """
         began = time.monotonic()
         try:
-            if self._row.crashes:
+            if self._row.alone:
                 self._wait_alone()
             result = self._action(self._action.parse(self._row.params), self)
             if self._cancelled:
@@ -323,7 +323,7 @@ def perform(site: Site, action: Action[Any, Any], task_id: UUID) -> str:
     claim_id = uuid4()
     row = _claim(site, action, task_id, claim_id)
     # The time that a task waits to be alone is not its own.
-    limit_s = math.inf if row.crashes else row.time_limit_s
+    limit_s = math.inf if row.alone else row.time_limit_s
     site.reports.tell(began=True, task_id=task_id, claim_id=claim_id, limit_s=limit_s)
     try:
         with log.fields(

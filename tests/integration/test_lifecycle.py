@@ -236,6 +236,40 @@ def test_neighbours_of_a_crash_are_not_charged() -> None:
     assert [read(task_id).crashes for task_id in together] == [0, 0]
 
 
+def test_what_takes_its_worker_down_beside_a_neighbour_is_found_and_ends_as_poison() -> None:
+    guilty, neighbour = accept(), accept()
+    deaths = 0
+    while read(guilty).state == "queued":
+        deaths += 1
+        worker_id = new_id()
+        db.run(update(tasks).where(tasks.c.state == "queued").values(run_at=text("now()")))
+        for task_id in (guilty, neighbour):
+            claim(task_id, worker_id)
+            expire_lease(task_id)
+        rescue()
+    assert deaths == 4, "the first one is charged to nobody"
+    assert (read(guilty).error["code"], read(guilty).crashes) == ("poison", 3)
+    assert (read(neighbour).state, read(neighbour).crashes) == ("queued", 0)
+
+
+@pytest.mark.parametrize(("suspect", "guilty"), [((0,), 1), ((0, 1), 0), ((1,), 0)])
+def test_a_suspect_that_waits_to_be_alone_keeps_no_charge_from_what_runs(
+    suspect: tuple[int, ...], guilty: int
+) -> None:
+    """Suspects that are claimed at the same instant wait for the oldest of them."""
+    worker_id = new_id()
+    together = [accept(), accept()]
+    for task_id in together:
+        claim(task_id, worker_id)
+        expire_lease(task_id)
+    chosen = [together[number] for number in suspect]
+    db.run(update(tasks).where(tasks.c.task_id.in_(chosen)).values(alone=True))
+    rescue()
+    assert [read(task_id).crashes for task_id in together] == [
+        int(number == guilty) for number in (0, 1)
+    ]
+
+
 def test_what_must_not_run_twice_is_failed() -> None:
     task_id = accept(once)
     claim(task_id, action="once")
@@ -252,6 +286,7 @@ def test_draining_charges_nothing() -> None:
         assert lifecycle.requeue(connection, known, Outcome.RELEASED) == []
     row = read(task_id)
     assert (row.state, row.failures, row.crashes, row.rings) == ("queued", 0, 0, 0)
+    assert not row.alone
     assert claim(task_id)[1].attempt == 2
 
 

@@ -111,7 +111,7 @@ def test_celerys_own_limit_spares_what_waits_for_postgresql_or_to_be_alone(bell:
     accept(priority=9)
     accept(priority=1)
     with db.transaction() as connection:
-        connection.execute(tasks.update().values(crashes=1).where(tasks.c.priority == 1))
+        connection.execute(tasks.update().values(alone=True).where(tasks.c.priority == 1))
         limit_s = connection.execute(select(tasks.c.time_limit_s)).scalars().first()
     assert limit_s
     Relay(bell).round()
@@ -237,6 +237,6 @@ def test_a_connection_that_is_given_up_is_closed(database: Servers) -> None:
     connection = bell._reading
     before = clients()
     assert all(_broker_answers() for _ in range(5))
-    assert clients() == before
+    assert clients() <= before, "garbage of other tests may go meanwhile"
     abandon(connection)
     assert clients() < before
