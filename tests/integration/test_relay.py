@@ -1,22 +1,26 @@
 """The relay and the bell, on a real PostgreSQL and a real broker."""
 
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 from kombu import Connection
-from sqlalchemy import select, text
+from sqlalchemy import func, select, text
 
 from sutazai import admission, db, redis, statements
 from sutazai.bell import WINDOW_MAX, WINDOW_MIN, window
+from sutazai.errors import DatabaseBusy
 from sutazai.keeper import LIMIT_GRACE_S, Identity
-from sutazai.models import services, tasks
-from sutazai.relay import Relay
+from sutazai.models import new_id, services, tasks
+from sutazai.relay import STEADY_S, Relay
 from sutazai.ringer import abandon
 from sutazai.submission import Options, Submission
 from sutazai.worker import OUTAGE_S
 from tests.conftest import Servers, free_port
+from tests.integration.served import until
 
 AGENT = "task-assignment-coordinator"
 
@@ -178,6 +182,59 @@ def test_an_unreachable_broker_costs_a_second_not_a_task(
             text("SELECT extract(epoch FROM next_ring_at - now()) FROM tasks")
         ).scalar_one()
     assert in_s <= 1
+
+
+def steady(bell: Any) -> Relay:
+    """Return a relay that has long been in touch with PostgreSQL."""
+    relay = Relay(bell)
+    relay._steady_since = time.monotonic() - STEADY_S
+    return relay
+
+
+def lose() -> None:
+    """Let a worker claim a task, and its lease run out."""
+    accept()
+    [task] = db.run(select(tasks.c.task_id, tasks.c.agent, tasks.c.action))
+    site = {"worker": f"{AGENT}@there", "worker_id": new_id(), "host": "there"}
+    assert db.run(statements.claim(**task._mapping, claim_id=new_id(), **site))
+    db.run(tasks.update().values(lease_expires_at=func.now()))
+
+
+def states() -> list[str]:
+    return [row.state for row in db.run(select(tasks.c.state))]
+
+
+def test_what_a_lost_worker_ran_is_taken_back(bell: Any) -> None:
+    lose()
+    Relay(bell).round()
+    assert states() == ["running"], "who was away until now could not extend it"
+    steady(bell).round()
+    assert states() == ["queued"]
+
+
+@pytest.mark.parametrize("lasts", [True, False], ids=["a locked table", "a slow answer"])
+def test_a_stall_of_postgresql_is_an_outage_that_loses_no_leases(
+    bell: Any, lasts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sutazai.relay.SLOW_S", 0.2)
+    relay = steady(bell)
+    lose()
+    waits = text(
+        "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' "
+        "AND clock_timestamp() - query_start > interval '0.3 s'"
+    )
+    with ThreadPoolExecutor(1) as pool:
+        with db.engine().begin() as stall:
+            stall.execute(text("LOCK TABLE tasks"))
+            passed = pool.submit(relay.round)
+            until(passed.done if lasts else lambda: db.run(waits)[0].count)
+        if lasts:
+            with pytest.raises(DatabaseBusy):
+                passed.result()
+        else:
+            passed.result()
+    relay.round()
+    assert states() == ["running"]
 
 
 def test_a_relay_says_that_it_lives_and_says_goodbye(bell: Any) -> None:
