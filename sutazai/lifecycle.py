@@ -84,6 +84,37 @@ def requeue(
     return _follow(connection, held, connection.execute(left).first())
 
 
+def time_out(
+    connection: Connection,
+    held: Claim,
+    charge: Row[Any],
+    error: Mapping[str, Any],
+    *,
+    retries: bool,
+) -> list[Ended] | None:
+    """End an attempt that was killed at its limit; return what has ended, or None: lease lost.
+
+    It is tried again if its action `retries` after this error, may run twice, and has attempts
+    left.
+    """
+    failures = charge.failures + 1
+    if retries and charge.rerun_after_crash and failures < charge.max_attempts:
+        charged = {"failures": 1, "delay_s": backoff_s(failures), "error": error}
+        return requeue(connection, held, Outcome.TIMED_OUT, **charged)
+    return end(connection, held, State.FAILED, Outcome.TIMED_OUT, error=error)
+
+
+def release(connection: Connection, held: Claim, *, again: bool) -> list[Ended] | None:
+    """Put back, uncharged, a running task whose process is going to be ended; None: lease lost.
+
+    again=False: it must not run twice, and fails instead.
+    """
+    if again:
+        return requeue(connection, held, Outcome.RELEASED)
+    error = error_json(WorkerLost("The worker ended itself, and the action must not run twice."))
+    return end(connection, held, State.FAILED, Outcome.LOST, error=error)
+
+
 def delegate(connection: Connection, held: Claim, child_id: UUID) -> list[Ended] | None:
     """Let a running task wait for its child, which may have ended already; None: lease lost."""
     _lock_before(connection, [held._replace(parent_id=None)])

@@ -945,10 +945,12 @@ def charge(task_id: UUID) -> Select[Any]:
         tasks.c.task_id,
         tasks.c.claim_id,
         tasks.c.agent,
+        tasks.c.action,
         tasks.c.parent_id,
         tasks.c.concurrency_key,
         tasks.c.failures,
         tasks.c.max_attempts,
+        tasks.c.rerun_after_crash,
     ).where(tasks.c.task_id == task_id)
 
 

@@ -227,8 +227,7 @@ class Attempt:
             self._end(State.CANCELLED, Outcome.CANCELLED, error=cancelled)
             _logger.info("task cancelled")
             return TaskCancelled()
-        may_retry = isinstance(error, self._action.retry_on) and not isinstance(error, InvalidInput)
-        if may_retry and self._row.failures + 1 < self._row.max_attempts:
+        if self._action.retries(error) and self._row.failures + 1 < self._row.max_attempts:
             delay_s = lifecycle.backoff_s(self._row.failures + 1)
             self._requeue(Outcome.FAILED, delay_s=delay_s, failures=1, error=described)
             _logger.warning("task will be retried", in_s=round(delay_s, 2), **described)

@@ -126,6 +126,32 @@ def test_an_action_that_never_ends_is_ended_at_its_limit_in_every_pool(
         assert charges(neighbour) == (0, 0)
 
 
+def test_an_action_is_tried_again_after_its_limit_only_if_it_says_so(
+    start: Start, relay: Relay
+) -> None:
+    start(pools.prefork)
+    task_id = accept(pools.prefork, "spin_first")
+    rung_until(relay, lambda: row(task_id).state == "succeeded")
+    assert outcomes(task_id) == ["timed_out", "succeeded"]
+    assert charges(task_id) == (1, 0)
+    task_id = accept(pools.prefork, "spin_first")
+    db.run(update(tasks).where(tasks.c.task_id == task_id).values(rerun_after_crash=False))
+    rung_until(relay, lambda: row(task_id).state == "failed")
+    assert row(task_id).error["code"] == "time_limit_exceeded"
+
+
+def test_what_must_not_run_twice_fails_when_its_worker_has_to_end_itself(
+    start: Start, relay: Relay
+) -> None:
+    worker = start(pools.threads)
+    once = accept(pools.threads, "nap_once", seconds=50)
+    rung_until(relay, lambda: row(once).state == "running")
+    accept(pools.threads, "spin")
+    rung_until(relay, lambda: worker.poll() is not None)
+    assert (row(once).state, row(once).error["code"]) == ("failed", "worker_lost")
+    assert outcomes(once) == ["lost"]
+
+
 @pytest.mark.parametrize("agent", POOLS, ids=lambda agent: agent.pool)
 def test_an_action_that_ignores_its_cancellation_is_ended_in_every_pool(
     start: Start, relay: Relay, agent: Agent
