@@ -191,6 +191,12 @@ class Relay:
     def _rescue(self) -> None:
         with self._transaction() as connection:
             rescued = lifecycle.rescue(connection, statements.lease_expired(CHUNK))
+            # The notices that a dead worker held went with it.
+            silent = {row.agent for row in connection.execute(statements.discharge_silent())}
+            for agent in silent:
+                connection.execute(statements.ring_again(agent))
+        if silent:
+            _logger.warning("a worker has died; ringing again", agents=sorted(silent))
         if rescued.tasks:
             redis.announce_ended(rescued.ended)
             _logger.warning("took back tasks of lost workers", rescued=rescued.tasks)

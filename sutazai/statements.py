@@ -1113,8 +1113,11 @@ def enlist(row: Mapping[str, Any]) -> Insert:
 
 
 def beat(worker_id: UUID, values: Mapping[str, Any], *, claims: int) -> Update:
-    """Renew a worker's heartbeat, and add the tasks it began since the last one."""
-    instants = {"heartbeat_at": _NOW} | ({"claimed_at": _NOW} if claims else {})
+    """Renew a worker's heartbeat, and add the tasks it began since the last one.
+
+    One that was taken for dead lives again.
+    """
+    instants = {"heartbeat_at": _NOW, "stopped_at": None} | ({"claimed_at": _NOW} if claims else {})
     return (
         update(workers)
         .where(workers.c.worker_id == worker_id)
@@ -1128,6 +1131,16 @@ def discharge(worker_ids: Sequence[UUID]) -> Update:
     return (
         update(workers)
         .where(workers.c.worker_id.in_(worker_ids), workers.c.stopped_at.is_(None))
+        .values(stopped_at=_NOW)
+        .returning(workers.c.agent)
+    )
+
+
+def discharge_silent() -> Update:
+    """Record that workers have stopped whose leases have all run out; return whose they were."""
+    return (
+        update(workers)
+        .where(workers.c.stopped_at.is_(None), workers.c.heartbeat_at < _NOW - _seconds(LEASE_S))
         .values(stopped_at=_NOW)
         .returning(workers.c.agent)
     )

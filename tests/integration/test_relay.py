@@ -14,7 +14,7 @@ from sutazai import admission, db, redis, statements
 from sutazai.bell import WINDOW_MAX, WINDOW_MIN, window
 from sutazai.errors import DatabaseBusy
 from sutazai.keeper import LIMIT_GRACE_S, Identity
-from sutazai.models import new_id, services, tasks
+from sutazai.models import new_id, services, tasks, workers
 from sutazai.relay import STEADY_S, Relay
 from sutazai.ringer import abandon
 from sutazai.submission import Options, Submission
@@ -210,6 +210,29 @@ def test_what_a_lost_worker_ran_is_taken_back(bell: Any) -> None:
     assert states() == ["running"], "who was away until now could not extend it"
     steady(bell).round()
     assert states() == ["queued"]
+
+
+def test_the_notices_that_a_dead_worker_held_are_rung_again_once(bell: Any) -> None:
+    """It ran nothing, so no lease tells of its death."""
+    accept(2)
+    dead = Identity(f"{AGENT}@there", AGENT, "there")
+    with db.transaction() as connection:
+        connection.execute(statements.enlist({**dead.row, "slots": 2}))
+    relay = steady(bell)
+    assert relay.round() == 2
+    is_dead = workers.c.worker_id == dead.worker_id
+    db.run(
+        workers.update().where(is_dead).values(heartbeat_at=text("now() - interval '31 seconds'"))
+    )
+    relay._rescued_at = 0.0
+    assert relay.round() == 2
+    relay._rescued_at = 0.0
+    assert relay.round() == 0
+    assert rings() == [2, 2]
+    stopped = select(workers.c.stopped_at).where(is_dead)
+    assert db.run(stopped)[0].stopped_at
+    db.run(statements.beat(dead.worker_id, {}, claims=0))
+    assert db.run(stopped)[0].stopped_at is None, "it was only cut off"
 
 
 @pytest.mark.parametrize("lasts", [True, False], ids=["a locked table", "a slow answer"])
