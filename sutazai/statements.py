@@ -1108,8 +1108,8 @@ def running_claim(task_id: UUID, claim_id: UUID) -> Select[Any]:
 
 
 def enlist(row: Mapping[str, Any]) -> Insert:
-    """Insert a worker's row."""
-    return insert(workers).values(row)
+    """Insert a worker's row, unless an answer that got lost had confirmed it."""
+    return insert(workers).values(row).on_conflict_do_nothing()
 
 
 def beat(worker_id: UUID, values: Mapping[str, Any], *, claims: int) -> Update:

@@ -384,6 +384,13 @@ def test_a_new_worker_takes_over_at_once_what_its_dead_predecessor_ran(site: Sit
     assert stopped is not None
 
 
+def test_a_worker_whose_enlisting_was_never_confirmed_enlists_again(site: Site) -> None:
+    for _ in range(2):
+        keeper_of(site).enlist()
+    with db.transaction() as connection:
+        assert len(connection.execute(select(workers.c.worker_id)).all()) == 1
+
+
 @pytest.mark.parametrize(
     "difference",
     [{"boot_id": "another"}, {"pid_namespace": "another"}],
