@@ -125,7 +125,7 @@ def delegate(connection: Connection, held: Claim, child_id: UUID) -> list[Ended]
     if ended is None:
         return None
     if connection.execute(statements.cancel_requested(held.task_id)).scalar():
-        ended += cancel(connection, child_id)
+        ended += cancel(connection, held.task_id)
     return ended + wake_parent(connection, child_id, held.task_id)
 
 
@@ -202,28 +202,32 @@ def wake_parent(connection: Connection, task_id: UUID, parent_id: UUID) -> list[
 
 
 def cancel(connection: Connection, task_id: UUID) -> list[Ended]:
-    """Cancel a task, and the child it waits for; return what ended at once.
+    """Cancel a task and, if it waits, all its children; return what ended at once.
 
     A running task learns of it through its context, and is ended by force after the grace.
     """
-    line = connection.execute(statements.line_of(task_id)).all()
-    if len(line) > 1:
-        # Upwards, as a task that ends wakes those that wait: but its parent before the task.
-        *above, parent, last = [row.task_id for row in line]
-        for each in (parent, last, *reversed(above)):
-            connection.execute(statements.lock([each]))
-    if line and line[0].parent_id:
-        connection.execute(statements.lock([line[0].parent_id]))
-    for row in line:
-        now = connection.execute(statements.cancel(row.task_id)).first()
-        if now is None or now.state == State.RUNNING:
-            break
+    family = connection.execute(statements.family_of(task_id)).all()
+    waiting = {row.task_id: row.child_id for row in family if row.state == State.WAITING}
+    others: dict[UUID, list[UUID]] = {parent_id: [] for parent_id in waiting}
+    for row in family:
+        if row.parent_id in others and row.task_id not in waiting:
+            others[row.parent_id].append(row.task_id)
+    # As those lock that end: a parent, then its child, and then upwards.
+    for parent_id, children in others.items():
+        connection.execute(statements.lock([parent_id]))
+        connection.execute(statements.lock(children))
+    if family and family[-1].parent_id:
+        connection.execute(statements.lock([family[-1].parent_id]))
+    ended = []
+    awaited = {task_id, *waiting.values()}
+    for now in connection.execute(statements.cancel([row.task_id for row in family])).all():
         if now.state == State.CANCELLED:
-            woken = wake_parent(connection, row.task_id, row.parent_id) if row.parent_id else []
-            return [Ended(row.task_id, now.agent, now.state), *woken]
-        if row is line[-1] and now.child_id:
-            return cancel(connection, now.child_id)  # it has begun to wait just now
-    return []
+            ended.append(Ended(now.task_id, now.agent, now.state))
+            if now.parent_id and now.task_id in awaited:
+                ended += wake_parent(connection, now.task_id, now.parent_id)
+        elif now.state == State.WAITING and now.task_id not in waiting:
+            ended += cancel(connection, now.task_id)  # it has begun to wait just now
+    return ended
 
 
 def set_queue(

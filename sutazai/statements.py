@@ -13,13 +13,16 @@ from typing import Any
 from uuid import UUID
 
 from sqlalchemy import (
+    ARRAY,
     Delete,
     Insert,
     Select,
     Text,
     TextClause,
     Update,
+    Uuid,
     and_,
+    any_,
     case,
     cast,
     delete,
@@ -784,26 +787,30 @@ def lock(task_ids: Sequence[UUID], *, skip_locked: bool = False) -> Select[Any]:
     """Lock tasks in the order of their ids, and return those that are locked."""
     return (
         select(tasks.c.task_id)
-        .where(tasks.c.task_id.in_(task_ids))
+        .where(tasks.c.task_id == any_(literal(list(task_ids), ARRAY(Uuid))))
         .order_by(tasks.c.task_id)
         .with_for_update(skip_locked=skip_locked)
     )
 
 
-def line_of(task_id: UUID) -> TextClause:
-    """Return a task, the child that it waits for, the child that this one waits for, and so on."""
-    return _LINE_OF.bindparams(task_id=task_id)
+def family_of(task_id: UUID) -> TextClause:
+    """Return a task, the unfinished children of it if it waits, theirs if they wait, and so on.
 
-
-_LINE_OF = text(
+    The deepest come first.
     """
-    WITH RECURSIVE line AS (
+    return _FAMILY_OF.bindparams(task_id=task_id)
+
+
+_FAMILY_OF = text(
+    """
+    WITH RECURSIVE family AS (
         SELECT task_id, parent_id, child_id, state, 0 AS depth FROM tasks WHERE task_id = :task_id
         UNION ALL
-        SELECT t.task_id, t.parent_id, t.child_id, t.state, line.depth + 1
-        FROM line JOIN tasks t ON t.task_id = line.child_id WHERE line.state = 'waiting'
+        SELECT t.task_id, t.parent_id, t.child_id, t.state, family.depth + 1
+        FROM family JOIN tasks t ON t.parent_id = family.task_id
+        WHERE family.state = 'waiting' AND t.finished_at IS NULL
     )
-    SELECT task_id, parent_id FROM line ORDER BY depth
+    SELECT task_id, parent_id, child_id, state FROM family ORDER BY depth DESC, task_id
     """
 )
 
@@ -973,12 +980,12 @@ def end_queued(task_ids: Sequence[UUID], state: State, error: Mapping[str, Any])
     )
 
 
-def cancel(task_id: UUID) -> Update:
-    """Cancel a task: at once while it is queued, as a request while it runs or waits."""
+def cancel(task_ids: Sequence[UUID]) -> Update:
+    """Cancel tasks: at once those that are queued, as a request those that run or wait."""
     queued = tasks.c.state == State.QUEUED.value
     return (
         update(tasks)
-        .where(tasks.c.task_id == task_id, ~IS_TERMINAL)
+        .where(tasks.c.task_id == any_(literal(list(task_ids), ARRAY(Uuid))), ~IS_TERMINAL)
         .values(
             cancel_requested_at=func.coalesce(tasks.c.cancel_requested_at, _NOW),
             state=case((queued, State.CANCELLED.value), else_=tasks.c.state),
@@ -986,7 +993,7 @@ def cancel(task_id: UUID) -> Update:
             error=case((queued, literal(CANCELLED, JSONB)), else_=tasks.c.error),
             next_ring_at=case((queued, None), else_=tasks.c.next_ring_at),
         )
-        .returning(tasks.c.task_id, tasks.c.agent, tasks.c.state, tasks.c.child_id)
+        .returning(tasks.c.task_id, tasks.c.agent, tasks.c.state, tasks.c.parent_id)
     )
 
 

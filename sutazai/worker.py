@@ -174,10 +174,10 @@ class Attempt:
             if self._row.alone:
                 self._wait_alone()
             result = self._action(self._action.parse(self._row.params), self)
+            if isinstance(result, Delegation):
+                return self._delegated(result)  # which cancels the child of a cancelled task
             if self._cancelled:
                 raise TaskCancelled  # the action saw it, and returned early
-            if isinstance(result, Delegation):
-                return self._delegated(result)
             stored = self._action.dump(result)
             self._end(State.SUCCEEDED, Outcome.SUCCEEDED, result=stored)
         except (SystemExit, KeyboardInterrupt) as stop:

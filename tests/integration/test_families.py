@@ -12,6 +12,7 @@ from sqlalchemy import text, update
 
 from sutazai import admission, db, lifecycle
 from sutazai.models import tasks
+from sutazai.state import Outcome
 from sutazai.submission import Options, Submission
 from tests.integration.test_lifecycle import (
     accept,
@@ -19,6 +20,7 @@ from tests.integration.test_lifecycle import (
     delegate,
     expire_lease,
     finish,
+    held,
     read,
     rescue,
     work,
@@ -104,6 +106,48 @@ def test_cancelling_three_generations_while_the_last_one_ends_does_not_deadlock(
     for family in families:
         states = {read(task_id).state for task_id in family}
         assert states == {"succeeded"}, states
+
+
+def test_cancelling_a_waiting_task_cancels_all_that_it_and_its_children_have_started() -> None:
+    top = accept()
+    top_claim, _ = claim(top)
+    awaited, waiting, queued, ended = (_child(top, number) for number in range(1, 5))
+    _wait(top, top_claim, awaited)
+    running_claim, _ = claim(awaited)
+    waiting_claim, _ = claim(waiting)
+    deepest, aside = _child(waiting, 1), _child(waiting, 2)
+    _wait(waiting, waiting_claim, deepest)
+    assert finish(ended, claim(ended)[0])
+    with db.transaction() as connection:
+        gone = lifecycle.cancel(connection, top)
+    assert {each.task_id for each in gone} == {waiting, queued, deepest, aside}
+    assert {read(each.task_id).state for each in gone} == {"cancelled"}
+    assert read(awaited).cancel_requested_at
+    assert (read(top).state, read(ended).state) == ("waiting", "succeeded")
+    held_back = held(awaited, running_claim)
+    with db.transaction() as connection:
+        lifecycle.requeue(connection, held_back, Outcome.RELEASED)
+    assert (read(awaited).state, read(top).state) == ("cancelled", "cancelled")
+
+
+def test_cancelling_a_family_whose_members_end_at_the_same_instant_does_not_deadlock() -> None:
+    with ThreadPoolExecutor(5) as pool:
+        for _ in range(30):
+            top = accept()
+            top_claim, _ = claim(top)
+            parent, sibling = _child(top, 1), _child(top, 2)
+            _wait(top, top_claim, parent)
+            parent_claim, _ = claim(parent)
+            child, cousin = _child(parent, 1), _child(parent, 2)
+            _wait(parent, parent_claim, child)
+            _at_once(
+                pool,
+                partial(_cancel, top),
+                partial(_cancel, parent),
+                *(partial(_end, each, claim(each)[0]) for each in (child, cousin, sibling)),
+            )
+            family = (top, parent, child, cousin, sibling)
+            assert {read(each).state for each in family} == {"succeeded"}
 
 
 def test_replacing_the_task_of_a_key_while_it_ends_does_not_deadlock() -> None:

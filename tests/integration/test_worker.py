@@ -86,6 +86,17 @@ def cancelled_meanwhile(params: NoParams, context: Context) -> Number:
 
 
 @agent.action()
+def cancelled_before_it_delegates(params: NoParams, context: Context) -> Number | Delegation:
+    """Be cancelled while running, notice it, and delegate all the same."""
+    context.enqueue(double, Number(number=1))
+    with db.transaction() as connection:
+        lifecycle.cancel(connection, context.task_id)
+    context.progress(1.0)
+    assert context.cancelled
+    return context.delegate(double, {"number": 4})
+
+
+@agent.action()
 def overtaken(params: NoParams, context: Context) -> Number:
     """Lose the lease while running."""
     with db.transaction() as connection:
@@ -227,6 +238,14 @@ def test_delegating(site: Site) -> None:
     assert last().state == "waiting"
     perform(site, double, last().child_id)
     assert (last().state, last().result) == ("succeeded", {"number": 8.0})
+
+
+def test_a_task_that_delegates_after_its_cancellation_ends_with_its_children(site: Site) -> None:
+    with pytest.raises(Requeued):
+        run(site, cancelled_before_it_delegates)
+    with db.transaction() as connection:
+        states = list(connection.execute(select(tasks.c.state)).scalars())
+    assert states == ["cancelled"] * 3
 
 
 def test_a_cancelled_task_is_cancelled_whatever_its_action_raises(site: Site) -> None:
