@@ -173,6 +173,11 @@ Index(
 Index("tasks_retry_of", tasks.c.retry_of, postgresql_where=tasks.c.retry_of.is_not(None))
 Index("tasks_agent", tasks.c.agent, tasks.c.task_id)
 Index("tasks_parent", tasks.c.parent_id, postgresql_where=tasks.c.parent_id.is_not(None))
+Index(
+    "tasks_unfinished_child",
+    tasks.c.parent_id,
+    postgresql_where=tasks.c.parent_id.is_not(None) & tasks.c.finished_at.is_(None),
+)
 Index("tasks_finished", tasks.c.finished_at, postgresql_where=tasks.c.finished_at.is_not(None))
 Index(
     "tasks_finished_tick",

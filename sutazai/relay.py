@@ -206,6 +206,7 @@ class Relay:
             old = statements.prune(after_s=after_s, scheduled=scheduled, limit=CHUNK)
             for _ in range(PRUNE_CHUNKS):
                 with self._transaction() as connection:
+                    connection.execute(statements.prepare_prune())
                     if connection.execute(old).scalar_one() < CHUNK:
                         break
         with self._transaction() as connection:

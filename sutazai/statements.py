@@ -1630,13 +1630,27 @@ def activity(window_s: float) -> TextClause:
 
 # --- prune ----------------------------------------------------------------------------------
 
+# Of a tree that has not ended nothing goes: the line from each of its members up to its root meets
+# one that has not ended, or one that such a one descends from.
 _PRUNE = """
-    WITH old AS (
+    WITH RECURSIVE ancestors AS (
+        SELECT parent_id AS task_id FROM tasks
+        WHERE parent_id IS NOT NULL AND finished_at IS NULL
+        UNION
+        SELECT t.parent_id FROM ancestors JOIN tasks t USING (task_id)
+        WHERE t.parent_id IS NOT NULL
+    ), old AS (
         SELECT t.task_id FROM tasks t
         WHERE t.finished_at < now() - make_interval(secs => :after_s)
           AND (t.tick_at IS NOT NULL) = :scheduled
-          AND NOT EXISTS (SELECT 1 FROM tasks p
-                          WHERE p.task_id = t.parent_id AND p.finished_at IS NULL)
+          AND NOT EXISTS (
+              WITH RECURSIVE line AS (
+                  SELECT t.task_id, t.parent_id, t.finished_at
+                  UNION ALL
+                  SELECT p.task_id, p.parent_id, p.finished_at
+                  FROM line JOIN tasks p ON p.task_id = line.parent_id)
+              SELECT 1 FROM line
+              WHERE finished_at IS NULL OR task_id IN (SELECT task_id FROM ancestors))
         ORDER BY t.finished_at LIMIT :limit
     ), gone_attempts AS (
         DELETE FROM attempts USING old WHERE attempts.task_id = old.task_id
@@ -1660,9 +1674,17 @@ _PRUNE = """
 def prune(*, after_s: float, scheduled: bool, limit: int) -> TextClause:
     """Delete terminal tasks older than the retention, with all that is theirs; return how many.
 
-    They are added to the totals, so that counters never go back.
+    They are added to the totals, so that counters never go back. `prepare_prune` comes before it.
     """
     return text(_PRUNE).bindparams(after_s=after_s, scheduled=scheduled, limit=limit)
+
+
+def prepare_prune() -> TextClause:
+    """Let the transaction hash the ancestors of what goes on, of which there may be many.
+
+    With the usual memory each old row would read the list of all of them.
+    """
+    return text("SELECT set_config('work_mem', '64MB', true)")
 
 
 def prune_concurrency_keys(limit: int) -> TextClause:

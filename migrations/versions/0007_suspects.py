@@ -1,4 +1,4 @@
-"""Tasks that run alone because they saw their worker die, not only those charged with it."""
+"""Tasks that run alone because they saw their worker die; an index of children that go on."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -21,9 +21,16 @@ def upgrade() -> None:
         ["worker_id"],
         postgresql_where=sa.text("state = 'running' AND alone"),
     )
+    op.create_index(
+        "tasks_unfinished_child",
+        "tasks",
+        ["parent_id"],
+        postgresql_where=sa.text("parent_id IS NOT NULL AND finished_at IS NULL"),
+    )
 
 
 def downgrade() -> None:
+    op.drop_index("tasks_unfinished_child", "tasks")
     op.drop_index("tasks_suspect", "tasks")
     op.create_index(
         "tasks_suspect",

@@ -8,9 +8,9 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
-from sqlalchemy import text, update
+from sqlalchemy import select, text, update
 
-from sutazai import admission, db, lifecycle
+from sutazai import admission, db, lifecycle, statements
 from sutazai.models import tasks
 from sutazai.state import Outcome
 from sutazai.submission import Options, Submission
@@ -189,6 +189,26 @@ def test_a_child_that_ends_badly_wakes_its_parent(ending: str) -> None:
     assert states == ({"cancelled"} if ending == "cancelled" else {"failed"})
     if ending != "cancelled":
         assert read(parent).error["code"] == ending
+
+
+def test_nothing_of_a_tree_that_has_not_ended_is_pruned() -> None:
+    """Whichever of its members goes on: above, below or beside those that have ended."""
+    kept = []
+    for going_on in range(4):
+        top = accept()
+        middle, aside = _child(top, 1), _child(top, 2)
+        tree = [top, middle, aside, _child(middle, 1)]
+        for number, task_id in enumerate(tree):
+            if number != going_on:
+                _change(task_id, state="succeeded", finished_at=text("now() - interval '2 days'"))
+        kept += tree
+    alone = accept()
+    _change(alone, state="succeeded", finished_at=text("now() - interval '2 days'"))
+    prune = statements.prune(after_s=86_400, scheduled=False, limit=100)
+    assert db.run(prune)[0].count == 1
+    assert {row.task_id for row in db.run(select(tasks.c.task_id))} == set(kept)
+    db.run(update(tasks).values(state="succeeded", finished_at=text("now() - interval '2 days'")))
+    assert db.run(prune)[0].count == len(kept)
 
 
 def _change(task_id: UUID, **values: object) -> None:
