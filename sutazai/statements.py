@@ -488,11 +488,16 @@ def ring_unrung(agent: str, limit: int) -> Update:
 def ring_overdue(agent: str, limit: int, *, queue_empty: bool) -> Update:
     """Take rows of a queue whose notice brought no claim.
 
-    While the broker's queue is empty their notice is certainly gone, so back-off does not count.
+    While the broker's queue is empty their notice is certainly gone, so back-off does not count;
+    but it does for a host whose worker is dead: nobody takes notices from that one's own queue.
     """
     overdue: ColumnElement[bool] = tasks.c.next_ring_at <= _NOW
     if queue_empty:
-        overdue = or_(overdue, _NOW - _seconds(FIRST_RING_S) >= _LAST_RUNG_AT)
+        is_gone = and_(
+            _NOW - _seconds(FIRST_RING_S) >= _LAST_RUNG_AT,
+            or_(tasks.c.host.is_(None), tasks.c.host.in_(live_hosts(agent))),
+        )
+        overdue = or_(overdue, is_gone)
     chosen = (
         select(tasks.c.task_id)
         .where(_QUEUED, tasks.c.agent == agent, tasks.c.rings > 0, overdue)
@@ -1564,7 +1569,12 @@ _QUEUE_POSITION = text(
 )
 
 
+# What only a host without a live worker could run makes nobody unhealthy.
 _STATUS = """
+    WITH live AS (
+        SELECT * FROM workers w
+        WHERE w.stopped_at IS NULL AND w.heartbeat_at > now() - make_interval(secs => :dead_s)
+    )
     SELECT a.agent,
            coalesce(q.paused, false) AS paused,
            coalesce(q.draining, false) AS draining,
@@ -1574,10 +1584,14 @@ _STATUS = """
                 LIMIT :bound) AS bounded) AS depth,
            (SELECT extract(epoch FROM now() - min(x.run_at))
             FROM generate_series(0, 9) AS level(priority) CROSS JOIN LATERAL (
-                SELECT t.run_at FROM tasks t
-                WHERE t.agent = a.agent AND t.state = 'queued' AND t.next_ring_at IS NOT NULL
-                  AND t.priority = level.priority
-                ORDER BY t.task_id LIMIT 1) AS x) AS oldest_age_s,
+                SELECT t.run_at FROM (
+                    SELECT run_at, host FROM tasks
+                    WHERE agent = a.agent AND state = 'queued' AND next_ring_at IS NOT NULL
+                      AND priority = level.priority
+                    ORDER BY task_id LIMIT :bound) AS t
+                WHERE t.host IS NULL OR t.host IN (SELECT w.host FROM live w
+                                                   WHERE w.agent = a.agent)
+                LIMIT 1) AS x) AS oldest_age_s,
            (SELECT count(*) FROM tasks t
             WHERE t.agent = a.agent AND t.state = 'running') AS running,
            (SELECT count(*) FROM (
@@ -1592,9 +1606,7 @@ _STATUS = """
                                  AND s.state = 'running' AND s.alone),
                 'idle_s', extract(epoch FROM now() - coalesce(w.claimed_at, w.started_at)))
                 ORDER BY w.name)
-            FROM workers w
-            WHERE w.agent = a.agent AND w.stopped_at IS NULL
-              AND w.heartbeat_at > now() - make_interval(secs => :dead_s)) AS workers,
+            FROM live w WHERE w.agent = a.agent) AS workers,
            (SELECT min(extract(epoch FROM now() - w.heartbeat_at))
             FROM workers w WHERE w.agent = a.agent) AS last_seen_s,
            (SELECT min(extract(epoch FROM now() - s.heartbeat_at))

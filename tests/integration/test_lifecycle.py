@@ -12,6 +12,7 @@ from sqlalchemy import text, update
 from sutazai import admission, db, lifecycle, statements
 from sutazai.agent import Action, Agent, Context, NoParams
 from sutazai.errors import UnknownAction
+from sutazai.keeper import Identity
 from sutazai.models import new_id, tasks
 from sutazai.state import Outcome, State
 from sutazai.submission import Options, Submission
@@ -458,6 +459,37 @@ def test_while_the_queue_is_empty_back_off_does_not_count() -> None:
         )
     assert _rung(statements.ring_overdue("tester", 10, queue_empty=False)) == []
     assert _rung(statements.ring_overdue("tester", 10, queue_empty=True)) == [task_id]
+
+
+def test_back_off_counts_for_a_host_whose_worker_is_dead() -> None:
+    for host in ("here", "there", None):
+        with db.transaction() as connection:
+            admission.accept(connection, Submission(work, {}, host=host), rung=True)
+    row = Identity("tester@here", "tester", "here").row
+    db.run(statements.enlist({**row, "slots": 1}))
+    in_14_s = text("now() + interval '14 seconds'")
+    db.run(update(tasks).values(rings=2, next_ring_at=in_14_s))
+    rung = set(_rung(statements.ring_overdue("tester", 10, queue_empty=True)))
+    assert {read(task_id).host for task_id in rung} == {"here", None}
+
+
+def test_what_only_a_dead_host_could_run_makes_no_agent_unhealthy() -> None:
+    row = Identity("tester@here", "tester", "here").row
+    db.run(statements.enlist({**row, "slots": 1}))
+
+    def oldest_age_s() -> float | None:
+        found = db.run(statements.status(["tester"]))[0].oldest_age_s
+        return None if found is None else float(found)
+
+    for host, expected in (("there", None), ("here", 50), (None, 100)):
+        with db.transaction() as connection:
+            submission = Submission(work, {}, host=host)
+            admission.accept(connection, submission, rung=True)
+        age = text(f"now() - interval '{expected or 200} seconds'")
+        db.run(update(tasks).where(tasks.c.task_id == submission.task_id).values(run_at=age))
+        assert oldest_age_s() == (expected and pytest.approx(expected, abs=5))
+        if host == "here":
+            db.run(tasks.delete().where(tasks.c.task_id == submission.task_id))
 
 
 @pytest.mark.parametrize(
