@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+import redis as library
 from kombu import Connection
 from sqlalchemy import func, select, text
 
@@ -17,6 +18,7 @@ from sutazai.keeper import LIMIT_GRACE_S, Identity
 from sutazai.models import new_id, services, tasks, workers
 from sutazai.relay import STEADY_S, Relay
 from sutazai.ringer import abandon
+from sutazai.settings import override
 from sutazai.submission import Options, Submission
 from sutazai.worker import OUTAGE_S
 from tests.conftest import Servers, free_port
@@ -146,6 +148,22 @@ def test_when_the_broker_forgets_everything_it_is_told_again(bell: Any) -> None:
     redis.attempt(lambda client: client.flushall())
     assert relay.round() == 3
     assert depth(bell) == 3
+
+
+def test_the_broker_is_asked_itself_when_signals_go_elsewhere(database: Servers, bell: Any) -> None:
+    """Here to another database of the same server."""
+    accept()
+    relay = Relay(bell)
+    override(redis_url=f"{database.redis_url.rpartition('/')[0]}/1")
+    try:
+        assert relay.round() == 1
+        assert depth(bell) == 1
+        with library.Redis.from_url(database.broker_url) as broker:
+            broker.flushdb()
+        assert relay.round() == 1
+        assert depth(bell) == 1
+    finally:
+        override(redis_url=database.redis_url)
 
 
 def test_a_broker_restarted_from_an_old_dump_is_noticed_by_its_run_id(bell: Any) -> None:
