@@ -108,6 +108,10 @@ class Action(Generic[P, R]):
                 details=error.details,
             ) from None
 
+    def retries(self, error: BaseException) -> bool:
+        """Whether a task that failed like this is tried again while attempts are left."""
+        return isinstance(error, self.retry_on) and not isinstance(error, InvalidInput)
+
     def dump(self, result: BaseModel) -> dict[str, Any]:
         """Turn a result into the JSON object that is stored; raises `InvalidResult`."""
         if not isinstance(result, self.result_model):
@@ -260,8 +264,9 @@ class Agent:
     ) -> Callable[[Callable[[P, Context], R | Delegation]], Action[P, R]]:
         """Declare a function as an action of this agent.
 
-        time_limit_s: after it the attempt is ended. max_attempts: failures allowed, of the kinds
-        in `retry_on`. rerun_after_crash=False: a task whose worker died is failed, not repeated.
+        time_limit_s: after it the attempt is ended, with `TimeLimitExceeded`. max_attempts:
+        failures allowed, of the kinds in `retry_on`. rerun_after_crash=False: a task whose process
+        was ended, by its limit or in any other way, is failed and not repeated.
         key_slots, key_rate_per_s: of the tasks submitted with an equal concurrency key, on all
         workers together, so many run at once, and so many are started a second (on average; up to
         two seconds' worth at once).

@@ -25,7 +25,8 @@ class Notice(NamedTuple):
     action: str
     priority: int
     host: str | None
-    time_limit_s: float
+    time_limit_s: float | None
+    """None: the task first waits, nobody knows how long, until nothing runs beside it."""
     summary: str
     """The parameters as text, cut to 100 characters, for people who watch the broker."""
 

@@ -15,8 +15,7 @@ from kombu.common import maybe_declare
 from kombu.connection import Connection
 from kombu.entity import TRANSIENT_DELIVERY_MODE, Exchange, Queue
 
-from sutazai import db, redis, statements
-from sutazai.settings import settings
+from sutazai import db, statements
 
 REDIS_MARK = "sutazai:broker"
 """Holds the run id of the Redis that is the broker. Gone or different, it has lost its queues."""
@@ -108,18 +107,18 @@ class OnRedis:
         found = zip(channel.priority_steps, lengths, strict=True)
         return {9 - step: length * together for step, length in found}
 
-    def forgotten(self, connection: Connection) -> str | None:  # noqa: ARG002 - the signals' client is quicker
+    def forgotten(self, connection: Connection) -> str | None:
         """Compare the server's run id with the one that our key holds."""
-        if settings().signals_url != settings().broker_url:
-            return None  # another Redis tells nothing of the broker
-        found = redis.attempt(
-            lambda client: (client.info("server")["run_id"], client.get(REDIS_MARK))
-        )
-        return None if found is None or found[0] == found[1] else str(found[0])
+        channel: Any = connection.default_channel
+        with channel.conn_or_acquire() as client:
+            life = client.info("server")["run_id"]
+            return None if client.get(REDIS_MARK) == life.encode() else str(life)
 
-    def remember(self, connection: Connection, life: str) -> None:  # noqa: ARG002
+    def remember(self, connection: Connection, life: str) -> None:
         """Write the run id that `forgotten` has seen."""
-        redis.attempt(lambda client: client.set(REDIS_MARK, life))
+        channel: Any = connection.default_channel
+        with channel.conn_or_acquire() as client:
+            client.set(REDIS_MARK, life)
 
 
 class OnRabbitMQ:

@@ -22,7 +22,17 @@ from celery import Celery, Task, bootsteps, signals
 from celery.backends.base import BaseBackend
 from celery.exceptions import Ignore, InvalidTaskError
 
-from sutazai import admission, db, log, redis, revocation, statements, transport, watchers
+from sutazai import (
+    admission,
+    db,
+    lifecycle,
+    log,
+    redis,
+    revocation,
+    statements,
+    transport,
+    watchers,
+)
 from sutazai.agent import Action, Agent, WorkerView
 from sutazai.bell import NOTICE_HEADER
 from sutazai.broker import direct_queue
@@ -35,6 +45,7 @@ from sutazai.errors import (
     SutazaiError,
     TaskFailed,
     Unavailable,
+    UnknownAction,
     Unsupported,
 )
 from sutazai.hand import perform_all
@@ -453,6 +464,23 @@ def _prepare_worker(instance: Any, options: Mapping[str, Any], **_: Any) -> None
 def _consume_direct_queue(instance: Any, **_: Any) -> None:
     queues = instance.app.amqp.queues
     queues.select_add(direct_queue(instance.hostname, queues[_agent_of(instance).name]))
+
+
+@signals.task_unknown.connect(weak=False)
+def _refuse_unknown(message: Any, name: str, id: str, **_: Any) -> None:  # noqa: A002 - Celery's
+    """Fail tasks of this worker's agent whose action nobody here knows; Celery only drops them."""
+    agent, action = name.rpartition(".")[::2]
+    if NOTICE_HEADER not in message.headers:
+        return
+    if agent != _site().identity.agent:
+        return  # a notice on the wrong queue: the task's own worker may know the action
+    try:
+        load().get(agent).get(action)
+    except UnknownAction as why:
+        for task_id in (UUID(id), *watchers.others_of(message.headers)):
+            with db.transaction() as connection:
+                ended = lifecycle.refuse(connection, task_id, agent, action, why)
+            redis.announce_ended(ended)
 
 
 @signals.worker_shutting_down.connect(weak=False)

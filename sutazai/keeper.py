@@ -293,10 +293,10 @@ class Keeper(threading.Thread):
             if report.word is Word.GONE:
                 self._running.pop(report.claim_id, None)
                 continue
-            if report.word is Word.BEGAN:
+            known = self._running.get(report.claim_id)
+            if report.word is Word.BEGAN and (known is None or known.word is Word.TAKEN):
                 self._claims += 1
                 self._claimed_at = report.at
-            known = self._running.get(report.claim_id)
             if known is not None:
                 known.word, known.limit_s, known.at = report.word, report.limit_s, report.at
             elif report.word is not Word.DONE:
@@ -420,7 +420,7 @@ class Keeper(threading.Thread):
             )
 
     def _finish_by_force(self, running: Running, error: TaskFailed, outcome: Outcome) -> None:
-        """End an attempt's process, then record why: retried when attempts are left.
+        """End an attempt's process, then record why; one that was late may be tried again.
 
         While PostgreSQL is away this is done again each round, so that it is never taken for a
         crash.
@@ -428,19 +428,16 @@ class Keeper(threading.Thread):
         if running.pid != os.getpid():
             _kill_process(running.pid)
         described = lifecycle.error_json(error)
-        state = State.CANCELLED if outcome is Outcome.CANCELLED else State.FAILED
         ended: list[lifecycle.Ended] | None = None
         with db.transaction() as connection:
             row = connection.execute(statements.charge(running.task_id)).first()
-            if row is not None:
+            if row is not None and outcome is Outcome.TIMED_OUT:
+                retries = self._agents[row.agent].get(row.action).retries(error)
                 held = _held(row, running)
-                failures = row.failures + 1
-                if outcome is Outcome.TIMED_OUT and failures < row.max_attempts:
-                    delay_s = lifecycle.backoff_s(failures)
-                    charged = {"failures": 1, "delay_s": delay_s, "error": described}
-                    ended = lifecycle.requeue(connection, held, outcome, **charged)
-                else:
-                    ended = lifecycle.end(connection, held, state, outcome, error=described)
+                ended = lifecycle.time_out(connection, held, row, described, retries=retries)
+            elif row is not None:
+                held = _held(row, running)
+                ended = lifecycle.end(connection, held, State.CANCELLED, outcome, error=described)
         self._running.pop(running.claim_id, None)
         if ended is not None:
             _logger.warning("ended a task by force", task_id=str(running.task_id), **described)
@@ -466,15 +463,18 @@ class Keeper(threading.Thread):
         os.kill(os.getpid(), signal.SIGQUIT)
 
     def _end_process(self) -> None:
-        """Put back what runs on threads of this process, which cannot be ended singly, and exit."""
+        """Put back what runs here, on threads that cannot be ended singly too, and exit."""
+        ended: list[lifecycle.Ended] = []
         with contextlib.suppress(DatabaseUnavailable), db.transaction() as connection:
             for running in self._running.values():
                 row = connection.execute(statements.charge(running.task_id)).first()
                 if row is not None:
-                    lifecycle.requeue(connection, _held(row, running), Outcome.RELEASED)
+                    held = _held(row, running)
+                    ended += lifecycle.release(connection, held, again=row.rerun_after_crash) or ()
             connection.execute(statements.discharge([self._identity.worker_id]))
             # The notices that it holds go with it.
             connection.execute(statements.ring_again(self._identity.agent))
+        redis.announce_ended(ended)
         _logger.warning("the worker ends itself; its supervisor starts another")
         os.kill(os.getpid(), signal.SIGKILL)
 

@@ -84,6 +84,37 @@ def requeue(
     return _follow(connection, held, connection.execute(left).first())
 
 
+def time_out(
+    connection: Connection,
+    held: Claim,
+    charge: Row[Any],
+    error: Mapping[str, Any],
+    *,
+    retries: bool,
+) -> list[Ended] | None:
+    """End an attempt that was killed at its limit; return what has ended, or None: lease lost.
+
+    It is tried again if its action `retries` after this error, may run twice, and has attempts
+    left.
+    """
+    failures = charge.failures + 1
+    if retries and charge.rerun_after_crash and failures < charge.max_attempts:
+        charged = {"failures": 1, "delay_s": backoff_s(failures), "error": error}
+        return requeue(connection, held, Outcome.TIMED_OUT, **charged)
+    return end(connection, held, State.FAILED, Outcome.TIMED_OUT, error=error)
+
+
+def release(connection: Connection, held: Claim, *, again: bool) -> list[Ended] | None:
+    """Put back, uncharged, a running task whose process is going to be ended; None: lease lost.
+
+    again=False: it must not run twice, and fails instead.
+    """
+    if again:
+        return requeue(connection, held, Outcome.RELEASED)
+    error = error_json(WorkerLost("The worker ended itself, and the action must not run twice."))
+    return end(connection, held, State.FAILED, Outcome.LOST, error=error)
+
+
 def delegate(connection: Connection, held: Claim, child_id: UUID) -> list[Ended] | None:
     """Let a running task wait for its child, which may have ended already; None: lease lost."""
     _lock_before(connection, [held._replace(parent_id=None)])
@@ -94,7 +125,7 @@ def delegate(connection: Connection, held: Claim, child_id: UUID) -> list[Ended]
     if ended is None:
         return None
     if connection.execute(statements.cancel_requested(held.task_id)).scalar():
-        ended += cancel(connection, child_id)
+        ended += cancel(connection, held.task_id)
     return ended + wake_parent(connection, child_id, held.task_id)
 
 
@@ -171,28 +202,32 @@ def wake_parent(connection: Connection, task_id: UUID, parent_id: UUID) -> list[
 
 
 def cancel(connection: Connection, task_id: UUID) -> list[Ended]:
-    """Cancel a task, and the child it waits for; return what ended at once.
+    """Cancel a task and, if it waits, all its children; return what ended at once.
 
     A running task learns of it through its context, and is ended by force after the grace.
     """
-    line = connection.execute(statements.line_of(task_id)).all()
-    if len(line) > 1:
-        # Upwards, as a task that ends wakes those that wait: but its parent before the task.
-        *above, parent, last = [row.task_id for row in line]
-        for each in (parent, last, *reversed(above)):
-            connection.execute(statements.lock([each]))
-    if line and line[0].parent_id:
-        connection.execute(statements.lock([line[0].parent_id]))
-    for row in line:
-        now = connection.execute(statements.cancel(row.task_id)).first()
-        if now is None or now.state == State.RUNNING:
-            break
+    family = connection.execute(statements.family_of(task_id)).all()
+    waiting = {row.task_id: row.child_id for row in family if row.state == State.WAITING}
+    others: dict[UUID, list[UUID]] = {parent_id: [] for parent_id in waiting}
+    for row in family:
+        if row.parent_id in others and row.task_id not in waiting:
+            others[row.parent_id].append(row.task_id)
+    # As those lock that end: a parent, then its child, and then upwards.
+    for parent_id, children in others.items():
+        connection.execute(statements.lock([parent_id]))
+        connection.execute(statements.lock(children))
+    if family and family[-1].parent_id:
+        connection.execute(statements.lock([family[-1].parent_id]))
+    ended = []
+    awaited = {task_id, *waiting.values()}
+    for now in connection.execute(statements.cancel([row.task_id for row in family])).all():
         if now.state == State.CANCELLED:
-            woken = wake_parent(connection, row.task_id, row.parent_id) if row.parent_id else []
-            return [Ended(row.task_id, now.agent, now.state), *woken]
-        if row is line[-1] and now.child_id:
-            return cancel(connection, now.child_id)  # it has begun to wait just now
-    return []
+            ended.append(Ended(now.task_id, now.agent, now.state))
+            if now.parent_id and now.task_id in awaited:
+                ended += wake_parent(connection, now.task_id, now.parent_id)
+        elif now.state == State.WAITING and now.task_id not in waiting:
+            ended += cancel(connection, now.task_id)  # it has begun to wait just now
+    return ended
 
 
 def set_queue(
@@ -211,13 +246,27 @@ def set_queue(
 
 def expire(connection: Connection, limit: int = 500) -> list[Ended]:
     """Fail queued tasks whose deadline has passed; one that somebody works on is left for later."""
-    late = _lockable(connection, statements.past_deadline(limit))
-    if not late:
-        return []
     error = error_json(DeadlineExceeded("The deadline passed before a worker was free."))
+    return _fail_queued(connection, statements.past_deadline(limit), error)
+
+
+def refuse(
+    connection: Connection, task_id: UUID, agent: str, action: str, why: SutazaiError
+) -> list[Ended]:
+    """Fail a queued task that its agent's worker cannot run; one of another action is left."""
+    error = {**error_json(why), "code": why.code}
+    return _fail_queued(connection, statements.queued_of(task_id, agent, action), error)
+
+
+def _fail_queued(
+    connection: Connection, wanted: Select[Any], error: Mapping[str, Any]
+) -> list[Ended]:
+    found = _lockable(connection, wanted)
+    if not found:
+        return []
     gone = []
     for row in connection.execute(
-        statements.end_queued([row.task_id for row in late], State.FAILED, error)
+        statements.end_queued([row.task_id for row in found], State.FAILED, error)
     ).all():
         gone.append(Ended(row.task_id, row.agent, State.FAILED))
         if row.parent_id:
@@ -236,14 +285,15 @@ def rescue(connection: Connection, lost: Select[Any], *, own_process: bool = Fal
     """Take back the tasks of dead workers: queued again, or failed when that must not be.
 
     A crash is charged only when the task's own process died (`own_process`), or its worker died
-    while it ran nothing else; otherwise a neighbour may be to blame.
+    while it ran nothing else; otherwise a neighbour may be to blame. All that a dead worker ran are
+    suspects from then on and run alone, so that the next death is charged to one.
     """
-    rows = _lockable(connection, lost)
-    alone = {row.task_id: row.neighbours == 0 for row in rows}  # before any of them has moved
     ended: list[Ended] = []
+    rows = _lockable(connection, lost)  # read before any of them has moved
     for row in rows:
-        charged = own_process or (row.worker_is_dead and alone[row.task_id])
-        ended += _rescue_one(connection, row, charged=charged) or ()
+        died = own_process or row.worker_is_dead
+        charged = own_process or (row.worker_is_dead and row.ran_alone)
+        ended += _rescue_one(connection, row, charged=charged, alone=died) or ()
     return Rescued(len(rows), ended)
 
 
@@ -264,7 +314,9 @@ def _claim_of(row: Row[Any]) -> Claim:
     return Claim(row.task_id, row.claim_id, row.agent, row.parent_id, row.concurrency_key)
 
 
-def _rescue_one(connection: Connection, row: Row[Any], *, charged: bool) -> list[Ended] | None:
+def _rescue_one(
+    connection: Connection, row: Row[Any], *, charged: bool, alone: bool
+) -> list[Ended] | None:
     crashes = row.crashes + int(charged)
     fatal: SutazaiError | None = None
     if not row.rerun_after_crash:
@@ -279,6 +331,7 @@ def _rescue_one(connection: Connection, row: Row[Any], *, charged: bool) -> list
         _claim_of(row),
         Outcome.LOST,
         crashes=int(charged),
+        alone=alone,
         delay_s=SECOND_CRASH_DELAY_S if charged and crashes > 1 else 0.0,
         error=error_json(WorkerLost("The worker died while the task ran.")),
     )

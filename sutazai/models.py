@@ -84,6 +84,8 @@ tasks = Table(
     Column("rerun_after_crash", Boolean, nullable=False, server_default=text("true")),
     Column("failures", Integer, nullable=False, server_default="0"),
     Column("crashes", Integer, nullable=False, server_default="0"),
+    # A suspect: it was running when its process or its worker died.
+    Column("alone", Boolean, nullable=False, server_default=text("false")),
     # Of tasks with an equal key only so many run at once; `held` while that many do.
     Column("concurrency_key", Text),
     Column("held", Boolean, nullable=False, server_default=text("false")),
@@ -166,7 +168,7 @@ Index(
 Index(
     "tasks_suspect",
     tasks.c.worker_id,
-    postgresql_where=(tasks.c.state == State.RUNNING.value) & (tasks.c.crashes > 0),
+    postgresql_where=(tasks.c.state == State.RUNNING.value) & tasks.c.alone,
 )
 Index("tasks_retry_of", tasks.c.retry_of, postgresql_where=tasks.c.retry_of.is_not(None))
 Index(
@@ -183,6 +185,11 @@ Index(
     tasks.c.agent,
     tasks.c.finished_at,
     postgresql_where=tasks.c.finished_at.is_not(None),
+)
+Index(
+    "tasks_unfinished_child",
+    tasks.c.parent_id,
+    postgresql_where=tasks.c.parent_id.is_not(None) & tasks.c.finished_at.is_(None),
 )
 Index(
     "tasks_finished_tick",

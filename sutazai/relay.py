@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -21,7 +23,7 @@ from sutazai.settings import settings
 from sutazai.tasks import load
 
 if TYPE_CHECKING:
-    from sqlalchemy import Row
+    from sqlalchemy import Connection, Row
 
 
 IDLE_PASS_S = 1.0
@@ -30,7 +32,10 @@ HEARTBEAT_S = 5.0
 RESCUE_EACH_S = 2.0
 PRUNE_EACH_S = 60.0
 STEADY_S = 10.0
-"""Leases are judged only after so long of unbroken connection: an outage charges nobody."""
+"""Leases are judged only after PostgreSQL has answered for so long: an outage charges nobody."""
+
+SLOW_S = 3.0
+"""A transaction that takes longer is an outage too: nobody could extend a lease meanwhile."""
 
 PACE_S = 2.0
 """How long a queue's pace is measured; heartbeats tell as often what workers have begun."""
@@ -72,7 +77,6 @@ class Relay:
                 pause_s = IDLE_PASS_S
                 _logger.warning("a pass did not come to its end", reason=str(error))
             except DatabaseUnavailable as error:
-                self._steady_since = None
                 self._was_away = True
                 pause_s = IDLE_PASS_S
                 _logger.warning("waiting for PostgreSQL", reason=str(error))
@@ -100,7 +104,7 @@ class Relay:
         """Do one pass; return how many notices were rung."""
         now = time.monotonic()
         self._steady_since = self._steady_since or now
-        with db.transaction() as connection:
+        with self._transaction() as connection:
             if self._was_away:
                 # A crash of PostgreSQL forgets claims: their notices are gone, their rows queued.
                 connection.execute(statements.ring_again())
@@ -111,7 +115,7 @@ class Relay:
         if now - self._rescued_at >= RESCUE_EACH_S:
             self._rescued_at = now
             self._end_late()
-            if now - self._steady_since >= STEADY_S:
+            if self._steady_since and now - self._steady_since >= STEADY_S:
                 self._rescue()
         self._notice_broker_loss()
         busy = {row.agent for row in agents}
@@ -128,9 +132,22 @@ class Relay:
         if now - self._served_at >= HEARTBEAT_S:
             # After the pass: a relay that gets nowhere must not seem to live.
             self._served_at = now
-            with db.transaction() as connection:
+            with self._transaction() as connection:
                 connection.execute(statements.serve("relay", self._instance))
         return rung
+
+    @contextmanager
+    def _transaction(self) -> Iterator[Connection]:
+        """Run statements in one transaction, and notice when PostgreSQL does not answer in time."""
+        began = time.monotonic()
+        answered = False
+        try:
+            with db.transaction() as connection:
+                yield connection
+            answered = time.monotonic() - began <= SLOW_S
+        finally:
+            if not answered:
+                self._steady_since = None
 
     def _ring(self, agent: Row[tuple[str, int, int]]) -> int | None:
         """Fill one queue up to its window; None: the broker, whose depth decides, is away.
@@ -147,7 +164,7 @@ class Relay:
         out = sum(levels.values())
         room = max(0, self._paces[name].window - out)
         rows: list[Any] = []
-        with db.transaction() as connection:
+        with self._transaction() as connection:
             if room:
                 share = room if not out else -(-room // 4)
                 rows += connection.execute(statements.ring_overdue(name, share, empty=empty))
@@ -185,20 +202,26 @@ class Relay:
         life = self._bell.forgotten()
         if life is None:
             return
-        with db.transaction() as connection:
+        with self._transaction() as connection:
             again = connection.execute(statements.ring_again()).rowcount
         self._bell.remember(life)
         if again:
             _logger.warning("the broker lost its queues; ringing again", rows=again)
 
     def _end_late(self) -> None:
-        with db.transaction() as connection:
+        with self._transaction() as connection:
             ended = lifecycle.expire(connection)
         redis.announce_ended(ended)
 
     def _rescue(self) -> None:
-        with db.transaction() as connection:
+        with self._transaction() as connection:
             rescued = lifecycle.rescue(connection, statements.lease_expired(CHUNK))
+            # The notices that a dead worker held went with it.
+            silent = {row.agent for row in connection.execute(statements.discharge_silent())}
+            for agent in silent:
+                connection.execute(statements.ring_again(agent))
+        if silent:
+            _logger.warning("a worker has died; ringing again", agents=sorted(silent))
         if rescued.tasks:
             redis.announce_ended(rescued.ended)
             _logger.warning("took back tasks of lost workers", rescued=rescued.tasks)
@@ -210,17 +233,18 @@ class Relay:
             statements.prune_ticks(after=TICKS_RETENTION, limit=CHUNK),
         ):
             for _ in range(PRUNE_CHUNKS):
-                with db.transaction() as connection:
+                with self._transaction() as connection:
+                    connection.execute(statements.prepare_prune())
                     if connection.execute(old).scalar_one() < CHUNK:
                         break
-        with db.transaction() as connection:
+        with self._transaction() as connection:
             connection.execute(statements.prune_concurrency_keys(CHUNK))
             connection.execute(statements.prune_workers(WORKERS_RETENTION_S))
             connection.execute(statements.prune_services(WORKERS_RETENTION_S))
 
     def _retire(self) -> None:
         try:
-            with db.transaction() as connection:
+            with self._transaction() as connection:
                 connection.execute(statements.retire("relay", self._instance))
         except DatabaseUnavailable as error:
             _logger.warning("left without a goodbye", reason=str(error))

@@ -28,8 +28,12 @@ from sutazai.bell import (
 from sutazai.broker import broker_of, direct_name
 from sutazai.errors import DatabaseUnavailable
 
-SECOND_NET_S = 10.0
-"""Celery's own hard time limit lies this far beyond the task's, which the keeper enforces."""
+SECOND_NET_S = 600.0
+"""Celery's own hard time limit lies this far beyond the task's, which the keeper enforces.
+
+It frees the slot of an endless action whose keeper hangs, and must end nothing else: not an attempt
+that waits for PostgreSQL to take its outcome, nor one that waits until it is alone, which has none.
+"""
 
 QUICKLY_S = 1.0
 """What fails sooner than this on an open connection is tried again on a new one.
@@ -254,7 +258,8 @@ def _publish(producer: Any, bundle: Sequence[Notice], rank: int) -> None:
     notice, *others = bundle
     task_id = str(notice.task_id)
     hand = {HAND_HEADER: [str(other.task_id) for other in others]} if others else {}
-    limit_s = sum(each.time_limit_s for each in bundle)
+    limits_s = [each.time_limit_s for each in bundle]
+    hard_limit_s = None if None in limits_s else sum(filter(None, limits_s)) + SECOND_NET_S
     routing_key = notice.agent
     if notice.host:
         routing_key = direct_name(f"{notice.agent}@{notice.host}")
@@ -277,7 +282,7 @@ def _publish(producer: Any, bundle: Sequence[Notice], rank: int) -> None:
             "retries": 0,
             "eta": None,
             "expires": None,
-            "timelimit": [limit_s + SECOND_NET_S, None],
+            "timelimit": [hard_limit_s, None],
             "argsrepr": "",
             "kwargsrepr": notice.summary,
             "origin": "sutazai",

@@ -34,7 +34,7 @@ class Outcome(StrEnum):
 
 
 MOVES: dict[State, frozenset[State]] = {
-    # claim; deadline passed; cancelled before it ran
+    # claim; deadline passed or action unknown; cancelled before it ran
     State.QUEUED: frozenset({State.RUNNING, State.FAILED, State.CANCELLED}),
     # retry, rescue and drain lead back to queued; delegate to waiting; the rest is finish
     State.RUNNING: frozenset(

@@ -13,13 +13,16 @@ from typing import Any, NamedTuple
 from uuid import UUID
 
 from sqlalchemy import (
+    ARRAY,
     Delete,
     Insert,
     Select,
     Text,
     TextClause,
     Update,
+    Uuid,
     and_,
+    any_,
     case,
     cast,
     delete,
@@ -77,12 +80,12 @@ _NOTICE = (
     tasks.c.action,
     tasks.c.priority,
     tasks.c.host,
-    tasks.c.time_limit_s,
+    case((tasks.c.alone, None), else_=tasks.c.time_limit_s).label("time_limit_s"),
     func.left(cast(tasks.c.params, Text), 100).label("summary"),
     and_(
         tasks.c.host.is_(None),
         tasks.c.concurrency_key.is_(None),
-        tasks.c.crashes == 0,
+        ~tasks.c.alone,
         tasks.c.rerun_after_crash,
     ).label("is_plain"),
 )
@@ -504,12 +507,17 @@ def ring_overdue(agent: str, limit: int, *, empty: Collection[int] = ()) -> Upda
     """Take rows of a queue whose notice brought no claim.
 
     empty: priorities of which nothing lies on the broker's queue. Their notices are certainly gone,
-    so back-off does not count.
+    so back-off does not count; but it does for a host whose worker is dead: nobody takes notices
+    from that one's own queue.
     """
     overdue: ColumnElement[bool] = tasks.c.next_ring_at <= _NOW
     if empty:
-        is_gone = _NOW - _seconds(FIRST_RING_S) >= _LAST_RUNG_AT
-        overdue = or_(overdue, and_(tasks.c.priority.in_(empty), is_gone))
+        is_gone = and_(
+            tasks.c.priority.in_(empty),
+            _NOW - _seconds(FIRST_RING_S) >= _LAST_RUNG_AT,
+            or_(tasks.c.host.is_(None), tasks.c.host.in_(live_hosts(agent))),
+        )
+        overdue = or_(overdue, is_gone)
     chosen = (
         select(tasks.c.task_id)
         .where(_QUEUED, tasks.c.agent == agent, tasks.c.rings > 0, overdue)
@@ -607,8 +615,8 @@ def claim(task_id: UUID, **claimant: Any) -> Ready:
     """Start an attempt, if the task is due here; no row: a stale, doubled or foreign notice.
 
     claimant: agent, action, claim_id, worker, worker_id, host. A task with a concurrency key is
-    claimed by `claim_of_key`. Beside a task whose process has died before, nothing is started on
-    the same worker, so that the next death has one suspect.
+    claimed by `claim_of_key`. Beside a suspect, a task that has seen its worker or its process die,
+    nothing is started on the same worker.
     """
     return Ready(_CLAIM, {"task_id": task_id, "lease_s": LEASE_S, **claimant})
 
@@ -641,11 +649,11 @@ _CLAIMABLE_HERE = """
       AND cancel_requested_at IS NULL
       AND NOT EXISTS (SELECT 1 FROM queues WHERE queues.agent = :agent AND paused)
       AND NOT EXISTS (SELECT 1 FROM tasks s
-                      WHERE s.worker_id = :worker_id AND s.state = 'running' AND s.crashes > 0)
+                      WHERE s.worker_id = :worker_id AND s.state = 'running' AND s.alone)
 """
 
 _CLAIMED_COLUMNS = """task_id, action, params, attempt, failures, max_attempts, time_limit_s,
-    created_at, deadline_at, parent_id, concurrency_key, crashes"""
+    created_at, deadline_at, parent_id, concurrency_key, alone"""
 
 _CLAIM_ONE = f"""
     UPDATE tasks SET {_CLAIM_VALUES}, claim_id = :claim_id
@@ -664,7 +672,7 @@ _CLAIM_MANY = text(
     WHERE task_id = ANY(ARRAY(
         SELECT task_id FROM tasks
         WHERE task_id = ANY(CAST(:task_ids AS uuid[])) AND {_CLAIMABLE_HERE}
-          AND concurrency_key IS NULL AND host IS NULL AND crashes = 0 AND rerun_after_crash
+          AND concurrency_key IS NULL AND host IS NULL AND NOT alone AND rerun_after_crash
         FOR UPDATE SKIP LOCKED))
     RETURNING {_CLAIMED_COLUMNS}, set_config('synchronous_commit', 'off', true)
     """  # noqa: S608 - the inserted texts are constants
@@ -696,7 +704,7 @@ _UNCLAIMED = text(
     """
     SELECT agent, concurrency_key,
            EXISTS (SELECT 1 FROM tasks s
-                   WHERE s.worker_id = :worker_id AND s.state = 'running' AND s.crashes > 0)
+                   WHERE s.worker_id = :worker_id AND s.state = 'running' AND s.alone)
            AS beside_suspect
     FROM tasks WHERE task_id = :task_id AND state = 'queued' AND NOT held
     """
@@ -715,7 +723,7 @@ _BESIDE = text(
     """
     SELECT count(*) FROM tasks
     WHERE worker_id = :worker_id AND state = 'running' AND task_id <> :task_id
-      AND (crashes = 0 OR task_id < :task_id)
+      AND (NOT alone OR task_id < :task_id)
     """
 )
 
@@ -819,26 +827,30 @@ def lock(task_ids: Sequence[UUID], *, skip_locked: bool = False) -> Select[Any]:
     """Lock tasks in the order of their ids, and return those that are locked."""
     return (
         select(tasks.c.task_id)
-        .where(tasks.c.task_id.in_(task_ids))
+        .where(tasks.c.task_id == any_(literal(list(task_ids), ARRAY(Uuid))))
         .order_by(tasks.c.task_id)
         .with_for_update(skip_locked=skip_locked)
     )
 
 
-def line_of(task_id: UUID) -> TextClause:
-    """Return a task, the child that it waits for, the child that this one waits for, and so on."""
-    return _LINE_OF.bindparams(task_id=task_id)
+def family_of(task_id: UUID) -> TextClause:
+    """Return a task, the unfinished children of it if it waits, theirs if they wait, and so on.
 
-
-_LINE_OF = text(
+    The deepest come first.
     """
-    WITH RECURSIVE line AS (
+    return _FAMILY_OF.bindparams(task_id=task_id)
+
+
+_FAMILY_OF = text(
+    """
+    WITH RECURSIVE family AS (
         SELECT task_id, parent_id, child_id, state, 0 AS depth FROM tasks WHERE task_id = :task_id
         UNION ALL
-        SELECT t.task_id, t.parent_id, t.child_id, t.state, line.depth + 1
-        FROM line JOIN tasks t ON t.task_id = line.child_id WHERE line.state = 'waiting'
+        SELECT t.task_id, t.parent_id, t.child_id, t.state, family.depth + 1
+        FROM family JOIN tasks t ON t.parent_id = family.task_id
+        WHERE family.state = 'waiting' AND t.finished_at IS NULL
     )
-    SELECT task_id, parent_id FROM line ORDER BY depth
+    SELECT task_id, parent_id, child_id, state FROM family ORDER BY depth DESC, task_id
     """
 )
 
@@ -957,9 +969,13 @@ def requeue(
     delay_s: float = 0.0,
     failures: int = 0,
     crashes: int = 0,
+    alone: bool = False,
     error: Mapping[str, Any] | None = None,
 ) -> Select[Any]:
-    """Put a running task back: retry, drain and rescue. One that was cancelled ends instead."""
+    """Put a running task back: retry, drain and rescue. One that was cancelled ends instead.
+
+    alone: from now on it is a suspect, and runs beside nothing else.
+    """
     cancelled = tasks.c.cancel_requested_at.is_not(None)
     run_at = _NOW + _seconds(delay_s) if delay_s > 0 else _NOW
     return _leave(
@@ -975,6 +991,7 @@ def requeue(
         next_ring_at=None if delay_s > 0 else case((cancelled, None), else_=_NOW),
         failures=tasks.c.failures + failures,
         crashes=tasks.c.crashes + crashes,
+        alone=or_(tasks.c.alone, literal(alone)),
     )
 
 
@@ -1040,10 +1057,12 @@ def charge(task_id: UUID) -> Select[Any]:
         tasks.c.task_id,
         tasks.c.claim_id,
         tasks.c.agent,
+        tasks.c.action,
         tasks.c.parent_id,
         tasks.c.concurrency_key,
         tasks.c.failures,
         tasks.c.max_attempts,
+        tasks.c.rerun_after_crash,
     ).where(tasks.c.task_id == task_id)
 
 
@@ -1087,12 +1106,12 @@ def end_queued(task_ids: Sequence[UUID], state: State, error: Mapping[str, Any])
     )
 
 
-def cancel(task_id: UUID) -> Update:
-    """Cancel a task: at once while it is queued, as a request while it runs or waits."""
+def cancel(task_ids: Sequence[UUID]) -> Update:
+    """Cancel tasks: at once those that are queued, as a request those that run or wait."""
     queued = tasks.c.state == State.QUEUED.value
     return (
         update(tasks)
-        .where(tasks.c.task_id == task_id, ~IS_TERMINAL)
+        .where(tasks.c.task_id == any_(literal(list(task_ids), ARRAY(Uuid))), ~IS_TERMINAL)
         .values(
             cancel_requested_at=func.coalesce(tasks.c.cancel_requested_at, _NOW),
             state=case((queued, State.CANCELLED.value), else_=tasks.c.state),
@@ -1100,7 +1119,7 @@ def cancel(task_id: UUID) -> Update:
             error=case((queued, literal(CANCELLED, JSONB)), else_=tasks.c.error),
             next_ring_at=case((queued, None), else_=tasks.c.next_ring_at),
         )
-        .returning(tasks.c.task_id, tasks.c.agent, tasks.c.state, tasks.c.child_id)
+        .returning(tasks.c.task_id, tasks.c.agent, tasks.c.state, tasks.c.parent_id)
     )
 
 
@@ -1138,33 +1157,41 @@ def advance_parent(child_id: UUID, parent_id: UUID) -> Update:
     )
 
 
+_LOCKED_WITH = (
+    tasks.c.task_id,
+    tasks.c.claim_id,
+    tasks.c.agent,
+    tasks.c.parent_id,
+    tasks.c.concurrency_key,
+)
+"""What decides which locks are taken before a task's own."""
+
+
 def past_deadline(limit: int) -> Select[Any]:
     """Find queued tasks whose deadline has passed."""
-    return (
-        select(
-            tasks.c.task_id,
-            tasks.c.claim_id,
-            tasks.c.agent,
-            tasks.c.parent_id,
-            tasks.c.concurrency_key,
-        )
-        .where(_QUEUED, tasks.c.deadline_at <= _NOW)
-        .limit(limit)
+    return select(*_LOCKED_WITH).where(_QUEUED, tasks.c.deadline_at <= _NOW).limit(limit)
+
+
+def queued_of(task_id: UUID, agent: str, action: str) -> Select[Any]:
+    """Find a task if it is queued and of this action."""
+    return select(*_LOCKED_WITH).where(
+        _QUEUED, tasks.c.task_id == task_id, tasks.c.agent == agent, tasks.c.action == action
     )
 
 
 # --- rescue ---------------------------------------------------------------------------------
 
 _other = tasks.alias("other")
-_NEIGHBOURS = (
-    select(func.count())
+# Suspects wait for all that is no suspect, and of themselves the oldest goes first (`neighbours`).
+_HAS_COMPANY = (
+    exists()
     .where(
         _other.c.worker_id == tasks.c.worker_id,
         _other.c.state == State.RUNNING.value,
         _other.c.task_id != tasks.c.task_id,
+        or_(~_other.c.alone, and_(tasks.c.alone, _other.c.task_id < tasks.c.task_id)),
     )
     .correlate(tasks)
-    .scalar_subquery()
 )
 _WORKER_LIVES = (
     exists()
@@ -1184,7 +1211,7 @@ _RESCUE = (
     tasks.c.rerun_after_crash,
     tasks.c.parent_id,
     tasks.c.concurrency_key,
-    _NEIGHBOURS.label("neighbours"),
+    (~_HAS_COMPANY).label("ran_alone"),
     (~_WORKER_LIVES).label("worker_is_dead"),
 )
 
@@ -1214,13 +1241,16 @@ def running_claim(task_id: UUID, claim_id: UUID) -> Select[Any]:
 
 
 def enlist(row: Mapping[str, Any]) -> Insert:
-    """Insert a worker's row."""
-    return insert(workers).values(row)
+    """Insert a worker's row, unless an answer that got lost had confirmed it."""
+    return insert(workers).values(row).on_conflict_do_nothing()
 
 
 def beat(worker_id: UUID, values: Mapping[str, Any], *, claims: int) -> Update:
-    """Renew a worker's heartbeat, and add the tasks it began since the last one."""
-    instants = {"heartbeat_at": _NOW} | ({"claimed_at": _NOW} if claims else {})
+    """Renew a worker's heartbeat, and add the tasks it began since the last one.
+
+    One that was taken for dead lives again.
+    """
+    instants = {"heartbeat_at": _NOW, "stopped_at": None} | ({"claimed_at": _NOW} if claims else {})
     return (
         update(workers)
         .where(workers.c.worker_id == worker_id)
@@ -1234,6 +1264,16 @@ def discharge(worker_ids: Sequence[UUID]) -> Update:
     return (
         update(workers)
         .where(workers.c.worker_id.in_(worker_ids), workers.c.stopped_at.is_(None))
+        .values(stopped_at=_NOW)
+        .returning(workers.c.agent)
+    )
+
+
+def discharge_silent() -> Update:
+    """Record that workers have stopped whose leases have all run out; return whose they were."""
+    return (
+        update(workers)
+        .where(workers.c.stopped_at.is_(None), workers.c.heartbeat_at < _NOW - _seconds(LEASE_S))
         .values(stopped_at=_NOW)
         .returning(workers.c.agent)
     )
@@ -1314,7 +1354,7 @@ _CLAIMABLE = text(
           AND (host IS NULL OR host = :host) AND (deadline_at IS NULL OR deadline_at > now())
     ) AND NOT EXISTS (SELECT 1 FROM queues WHERE queues.agent = :agent AND paused)
       AND NOT EXISTS (SELECT 1 FROM tasks s
-                      WHERE s.worker_id = :worker_id AND s.state = 'running' AND s.crashes > 0)
+                      WHERE s.worker_id = :worker_id AND s.state = 'running' AND s.alone)
       AND EXISTS (SELECT 1 FROM services WHERE kind = 'relay'
                   AND heartbeat_at > now() - make_interval(secs => :relay_s)) AS found
     """
@@ -1650,7 +1690,12 @@ _QUEUE_POSITION = text(
 )
 
 
+# What only a host without a live worker could run makes nobody unhealthy.
 _STATUS = """
+    WITH live AS (
+        SELECT * FROM workers w
+        WHERE w.stopped_at IS NULL AND w.heartbeat_at > now() - make_interval(secs => :dead_s)
+    )
     SELECT a.agent,
            coalesce(q.paused, false) AS paused,
            coalesce(q.draining, false) AS draining,
@@ -1660,10 +1705,14 @@ _STATUS = """
                 LIMIT :bound) AS bounded) AS depth,
            (SELECT extract(epoch FROM now() - min(x.run_at))
             FROM generate_series(0, 9) AS level(priority) CROSS JOIN LATERAL (
-                SELECT t.run_at FROM tasks t
-                WHERE t.agent = a.agent AND t.state = 'queued' AND t.next_ring_at IS NOT NULL
-                  AND t.priority = level.priority
-                ORDER BY t.task_id LIMIT 1) AS x) AS oldest_age_s,
+                SELECT t.run_at FROM (
+                    SELECT run_at, host FROM tasks
+                    WHERE agent = a.agent AND state = 'queued' AND next_ring_at IS NOT NULL
+                      AND priority = level.priority
+                    ORDER BY task_id LIMIT :bound) AS t
+                WHERE t.host IS NULL OR t.host IN (SELECT w.host FROM live w
+                                                   WHERE w.agent = a.agent)
+                LIMIT 1) AS x) AS oldest_age_s,
            (SELECT count(*) FROM tasks t
             WHERE t.agent = a.agent AND t.state = 'running') AS running,
            (SELECT count(*) FROM (
@@ -1675,12 +1724,10 @@ _STATUS = """
                 'heartbeat_age_s', extract(epoch FROM now() - w.heartbeat_at),
                 'slots', w.slots, 'running', w.running, 'consuming', w.consuming,
                 'alone', EXISTS (SELECT 1 FROM tasks s WHERE s.worker_id = w.worker_id
-                                 AND s.state = 'running' AND s.crashes > 0),
+                                 AND s.state = 'running' AND s.alone),
                 'idle_s', extract(epoch FROM now() - coalesce(w.claimed_at, w.started_at)))
                 ORDER BY w.name)
-            FROM workers w
-            WHERE w.agent = a.agent AND w.stopped_at IS NULL
-              AND w.heartbeat_at > now() - make_interval(secs => :dead_s)) AS workers,
+            FROM live w WHERE w.agent = a.agent) AS workers,
            (SELECT min(extract(epoch FROM now() - w.heartbeat_at))
             FROM workers w WHERE w.agent = a.agent) AS last_seen_s,
            (SELECT min(extract(epoch FROM now() - s.heartbeat_at))
@@ -1717,8 +1764,16 @@ def activity(agents: Sequence[str], window_s: float) -> TextClause:
 
 # --- prune ----------------------------------------------------------------------------------
 
+# Of a tree that has not ended nothing goes: the line from each of its members up to its root meets
+# one that has not ended, or one that such a one descends from.
 _PRUNE = """
-    WITH RECURSIVE {old}, gone_attempts AS (
+    WITH RECURSIVE ancestors AS (
+        SELECT parent_id AS task_id FROM tasks
+        WHERE parent_id IS NOT NULL AND finished_at IS NULL
+        UNION
+        SELECT t.parent_id FROM ancestors JOIN tasks t USING (task_id)
+        WHERE t.parent_id IS NOT NULL
+    ), {old}, gone_attempts AS (
         DELETE FROM attempts USING old WHERE attempts.task_id = old.task_id
     ), gone_events AS (
         DELETE FROM task_events USING old WHERE task_events.task_id = old.task_id
@@ -1736,6 +1791,17 @@ _PRUNE = """
     SELECT count(*) FROM gone
 """
 
+_WHOLE = """
+    NOT EXISTS (
+        WITH RECURSIVE line AS (
+            SELECT t.task_id, t.parent_id, t.finished_at
+            UNION ALL
+            SELECT p.task_id, p.parent_id, p.finished_at
+            FROM line JOIN tasks p ON p.task_id = line.parent_id)
+        SELECT 1 FROM line
+        WHERE finished_at IS NULL OR task_id IN (SELECT task_id FROM ancestors))
+"""
+
 # Each agent's tasks by its own retention, so that none is read again and again until it is due;
 # from one agent to the next by index, so that also those that are declared no more are found.
 _OLD = """
@@ -1751,8 +1817,7 @@ _OLD = """
             WHERE t.agent = known.agent AND t.tick_at IS NULL
               AND t.finished_at < now() - make_interval(secs => coalesce(
                   CAST(CAST(:retention AS jsonb) ->> known.agent AS float8), :otherwise_s))
-              AND NOT EXISTS (SELECT 1 FROM tasks p
-                              WHERE p.task_id = t.parent_id AND p.finished_at IS NULL)
+              AND {whole}
             ORDER BY t.finished_at LIMIT :limit) AS o
         LIMIT :limit
     )
@@ -1762,8 +1827,7 @@ _OLD_TICKS = """
     old AS (
         SELECT t.task_id FROM tasks t
         WHERE t.tick_at IS NOT NULL AND t.finished_at < now() - make_interval(secs => :after_s)
-          AND NOT EXISTS (SELECT 1 FROM tasks p
-                          WHERE p.task_id = t.parent_id AND p.finished_at IS NULL)
+          AND {whole}
         ORDER BY t.finished_at LIMIT :limit
     )
 """
@@ -1774,18 +1838,27 @@ def prune(retention: Mapping[str, timedelta], *, otherwise: timedelta, limit: in
 
     Not those of schedules' ticks. They are added to the totals, so that counters never go back.
     Returns how many there were.
+    `prepare_prune` comes before it.
     """
     seconds = {agent: kept.total_seconds() for agent, kept in retention.items()}
-    return text(_PRUNE.format(old=_OLD)).bindparams(
+    return text(_PRUNE.format(old=_OLD.format(whole=_WHOLE))).bindparams(
         retention=payload.dumps(seconds), otherwise_s=otherwise.total_seconds(), limit=limit
     )
 
 
 def prune_ticks(*, after: timedelta, limit: int) -> TextClause:
     """Do the same as `prune` for the tasks of schedules' ticks, whoever's they are."""
-    return text(_PRUNE.format(old=_OLD_TICKS)).bindparams(
+    return text(_PRUNE.format(old=_OLD_TICKS.format(whole=_WHOLE))).bindparams(
         after_s=after.total_seconds(), limit=limit
     )
+
+
+def prepare_prune() -> TextClause:
+    """Let the transaction hash the ancestors of what goes on, of which there may be many.
+
+    With the usual memory each old row would read the list of all of them.
+    """
+    return text("SELECT set_config('work_mem', '64MB', true)")
 
 
 def prune_concurrency_keys(limit: int) -> TextClause:

@@ -188,13 +188,13 @@ class Attempt:
         `LeaseLost` when the outcome came too late to count.
         """
         try:
-            if self._row.crashes:
+            if self._row.alone:
                 self._wait_alone()
             result = self._action(self._action.parse(self._row.params), self)
+            if isinstance(result, Delegation):
+                return self._delegated(result)  # which cancels the child of a cancelled task
             if self._cancelled:
                 raise TaskCancelled  # the action saw it, and returned early
-            if isinstance(result, Delegation):
-                return self._delegated(result)
             stored = self._action.dump(result)
             self._end(State.SUCCEEDED, Outcome.SUCCEEDED, result=stored)
         except (SystemExit, KeyboardInterrupt) as stop:
@@ -225,8 +225,11 @@ class Attempt:
                 time.sleep(ALONE_POLL_S)
         except DatabaseUnavailable as error:
             raise Unrecorded(str(error)) from error
-        claim = (self.task_id, self.claim_id)
-        self._site.reports.tell(Word.BEGAN, claim, limit_s=self._row.time_limit_s)
+        self._limit(self._row.time_limit_s)
+
+    def _limit(self, limit_s: float) -> None:
+        """Tell the keeper how long this attempt may take from now on."""
+        self._site.reports.tell(Word.BEGAN, (self.task_id, self.claim_id), limit_s=limit_s)
 
     def _delegated(self, delegation: Delegation) -> str:
         self._record(
@@ -245,8 +248,7 @@ class Attempt:
             self._end(State.CANCELLED, Outcome.CANCELLED, error=cancelled)
             _logger.info("task cancelled")
             return TaskCancelled()
-        may_retry = isinstance(error, self._action.retry_on) and not isinstance(error, InvalidInput)
-        if may_retry and self._row.failures + 1 < self._row.max_attempts:
+        if self._action.retries(error) and self._row.failures + 1 < self._row.max_attempts:
             delay_s = lifecycle.backoff_s(self._row.failures + 1)
             self._requeue(Outcome.FAILED, delay_s=delay_s, failures=1, error=described)
             _logger.warning("task will be retried", in_s=round(delay_s, 2), **described)
@@ -304,6 +306,7 @@ class Attempt:
             ended = record()
         except DatabaseUnavailable:
             uncertain = True
+            self._limit(math.inf)  # the work is done: an outage must not make it late
             try:
                 ended = _PATIENTLY(record)
             except DatabaseUnavailable as error:
@@ -347,7 +350,7 @@ def perform(site: Site, action: Action[Any, Any], task_id: UUID) -> str:
     claim_id = uuid4()
     row = _claim(site, action, task_id, claim_id)
     # The time that a task waits to be alone is not its own.
-    limit_s = math.inf if row.crashes else row.time_limit_s
+    limit_s = math.inf if row.alone else row.time_limit_s
     site.reports.tell(Word.BEGAN, (task_id, claim_id), limit_s=limit_s)
     try:
         return run(site, action, claim_id, row)

@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from sutazai import keeper
 from sutazai.__main__ import main
 from sutazai.agent import Agent, Context, NoParams
+from sutazai.errors import TimeLimitExceeded, Unavailable
 
 prefork = Agent("in-prefork", port=8192, doc=__doc__, slots=(1, 2, 2))
 threads = Agent("in-threads", port=8193, doc=__doc__, slots=(1, 2, 2), pool="threads")
@@ -38,9 +39,23 @@ def spin(params: NoParams, context: Context) -> Done:
         time.sleep(0.01)
 
 
+def nap_once(params: Seconds, context: Context) -> Done:
+    """Sleep, and not again."""
+    return nap(params, context)
+
+
+def spin_first(params: NoParams, context: Context) -> Done:
+    """Never end, unless it is tried again."""
+    while context.attempt == 1:
+        time.sleep(0.01)
+    return Done(attempt=context.attempt)
+
+
 for agent in (prefork, threads, solo):
     agent.action(time_limit_s=60)(nap)
-    agent.action(time_limit_s=1)(spin)
+    agent.action(time_limit_s=60, rerun_after_crash=False)(nap_once)
+    agent.action(time_limit_s=1, max_attempts=2, retry_on=(Unavailable,))(spin)
+    agent.action(time_limit_s=1, max_attempts=2, retry_on=(TimeLimitExceeded,))(spin_first)
 
 
 @Panel.register(name="hang", type="control", help="Keep the worker's main thread for ever.")

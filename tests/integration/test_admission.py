@@ -549,7 +549,7 @@ def test_a_task_whose_process_died_runs_alone() -> None:
     identity = Identity("tester@here", "tester", "here")
     place = site(identity)
     neighbour, suspect, late = (accept(hang).task_id for _ in range(3))
-    query("UPDATE tasks SET crashes = 1 WHERE task_id = :id", id=suspect)
+    query("UPDATE tasks SET alone = true WHERE task_id = :id", id=suspect)
     with ThreadPoolExecutor(3) as pool:
         first = pool.submit(perform, place, neighbour, hang)
         _until(lambda: gauge.now == 1)

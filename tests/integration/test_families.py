@@ -8,10 +8,11 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
-from sqlalchemy import text, update
+from sqlalchemy import select, text, update
 
-from sutazai import admission, db, lifecycle
+from sutazai import admission, db, lifecycle, statements
 from sutazai.models import tasks
+from sutazai.state import Outcome
 from sutazai.submission import Options, Submission
 from tests.integration.test_lifecycle import (
     accept,
@@ -19,6 +20,7 @@ from tests.integration.test_lifecycle import (
     delegate,
     expire_lease,
     finish,
+    held,
     read,
     rescue,
     work,
@@ -106,6 +108,48 @@ def test_cancelling_three_generations_while_the_last_one_ends_does_not_deadlock(
         assert states == {"succeeded"}, states
 
 
+def test_cancelling_a_waiting_task_cancels_all_that_it_and_its_children_have_started() -> None:
+    top = accept()
+    top_claim, _ = claim(top)
+    awaited, waiting, queued, ended = (_child(top, number) for number in range(1, 5))
+    _wait(top, top_claim, awaited)
+    running_claim, _ = claim(awaited)
+    waiting_claim, _ = claim(waiting)
+    deepest, aside = _child(waiting, 1), _child(waiting, 2)
+    _wait(waiting, waiting_claim, deepest)
+    assert finish(ended, claim(ended)[0])
+    with db.transaction() as connection:
+        gone = lifecycle.cancel(connection, top)
+    assert {each.task_id for each in gone} == {waiting, queued, deepest, aside}
+    assert {read(each.task_id).state for each in gone} == {"cancelled"}
+    assert read(awaited).cancel_requested_at
+    assert (read(top).state, read(ended).state) == ("waiting", "succeeded")
+    held_back = held(awaited, running_claim)
+    with db.transaction() as connection:
+        lifecycle.requeue(connection, held_back, Outcome.RELEASED)
+    assert (read(awaited).state, read(top).state) == ("cancelled", "cancelled")
+
+
+def test_cancelling_a_family_whose_members_end_at_the_same_instant_does_not_deadlock() -> None:
+    with ThreadPoolExecutor(5) as pool:
+        for _ in range(30):
+            top = accept()
+            top_claim, _ = claim(top)
+            parent, sibling = _child(top, 1), _child(top, 2)
+            _wait(top, top_claim, parent)
+            parent_claim, _ = claim(parent)
+            child, cousin = _child(parent, 1), _child(parent, 2)
+            _wait(parent, parent_claim, child)
+            _at_once(
+                pool,
+                partial(_cancel, top),
+                partial(_cancel, parent),
+                *(partial(_end, each, claim(each)[0]) for each in (child, cousin, sibling)),
+            )
+            family = (top, parent, child, cousin, sibling)
+            assert {read(each).state for each in family} == {"succeeded"}
+
+
 def test_replacing_the_task_of_a_key_while_it_ends_does_not_deadlock() -> None:
     with ThreadPoolExecutor(2) as pool:
         for number in range(30):
@@ -145,6 +189,26 @@ def test_a_child_that_ends_badly_wakes_its_parent(ending: str) -> None:
     assert states == ({"cancelled"} if ending == "cancelled" else {"failed"})
     if ending != "cancelled":
         assert read(parent).error["code"] == ending
+
+
+def test_nothing_of_a_tree_that_has_not_ended_is_pruned() -> None:
+    """Whichever of its members goes on: above, below or beside those that have ended."""
+    kept = []
+    for going_on in range(4):
+        top = accept()
+        middle, aside = _child(top, 1), _child(top, 2)
+        tree = [top, middle, aside, _child(middle, 1)]
+        for number, task_id in enumerate(tree):
+            if number != going_on:
+                _change(task_id, state="succeeded", finished_at=text("now() - interval '2 days'"))
+        kept += tree
+    alone = accept()
+    _change(alone, state="succeeded", finished_at=text("now() - interval '2 days'"))
+    prune = statements.prune(after_s=86_400, scheduled=False, limit=100)
+    assert db.run(prune)[0].count == 1
+    assert {row.task_id for row in db.run(select(tasks.c.task_id))} == set(kept)
+    db.run(update(tasks).values(state="succeeded", finished_at=text("now() - interval '2 days'")))
+    assert db.run(prune)[0].count == len(kept)
 
 
 def _change(task_id: UUID, **values: object) -> None:

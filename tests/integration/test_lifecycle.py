@@ -11,6 +11,8 @@ from sqlalchemy import text, update
 
 from sutazai import admission, db, lifecycle, statements
 from sutazai.agent import RETENTION, Action, Agent, Context, NoParams
+from sutazai.errors import UnknownAction
+from sutazai.keeper import Identity
 from sutazai.models import new_id, tasks
 from sutazai.state import Outcome, State
 from sutazai.submission import Options, Submission
@@ -235,6 +237,40 @@ def test_neighbours_of_a_crash_are_not_charged() -> None:
     assert [read(task_id).crashes for task_id in together] == [0, 0]
 
 
+def test_what_takes_its_worker_down_beside_a_neighbour_is_found_and_ends_as_poison() -> None:
+    guilty, neighbour = accept(), accept()
+    deaths = 0
+    while read(guilty).state == "queued":
+        deaths += 1
+        worker_id = new_id()
+        db.run(update(tasks).where(tasks.c.state == "queued").values(run_at=text("now()")))
+        for task_id in (guilty, neighbour):
+            claim(task_id, worker_id)
+            expire_lease(task_id)
+        rescue()
+    assert deaths == 4, "the first one is charged to nobody"
+    assert (read(guilty).error["code"], read(guilty).crashes) == ("poison", 3)
+    assert (read(neighbour).state, read(neighbour).crashes) == ("queued", 0)
+
+
+@pytest.mark.parametrize(("suspect", "guilty"), [((0,), 1), ((0, 1), 0), ((1,), 0)])
+def test_a_suspect_that_waits_to_be_alone_keeps_no_charge_from_what_runs(
+    suspect: tuple[int, ...], guilty: int
+) -> None:
+    """Suspects that are claimed at the same instant wait for the oldest of them."""
+    worker_id = new_id()
+    together = [accept(), accept()]
+    for task_id in together:
+        claim(task_id, worker_id)
+        expire_lease(task_id)
+    chosen = [together[number] for number in suspect]
+    db.run(update(tasks).where(tasks.c.task_id.in_(chosen)).values(alone=True))
+    rescue()
+    assert [read(task_id).crashes for task_id in together] == [
+        int(number == guilty) for number in (0, 1)
+    ]
+
+
 def test_what_must_not_run_twice_is_failed() -> None:
     task_id = accept(once)
     claim(task_id, action="once")
@@ -251,6 +287,7 @@ def test_draining_charges_nothing() -> None:
         assert lifecycle.requeue(connection, known, Outcome.RELEASED) == []
     row = read(task_id)
     assert (row.state, row.failures, row.crashes, row.rings) == ("queued", 0, 0, 0)
+    assert not row.alone
     assert claim(task_id)[1].attempt == 2
 
 
@@ -280,6 +317,25 @@ def test_deadlines() -> None:
     with db.transaction() as connection:
         assert [gone.task_id for gone in lifecycle.expire(connection)] == [task_id]
     assert read(task_id).error["code"] == "deadline_exceeded"
+
+
+def test_a_queued_task_of_an_unknown_action_fails_and_no_other_does() -> None:
+    parent, running, _ = _family()
+    child = read(running)
+    with db.transaction() as connection:
+        connection.execute(tasks.update().values(state="queued").where(tasks.c.task_id == running))
+
+    def refuse(agent: str, action: str) -> list[UUID]:
+        why = UnknownAction("There is no such action.")
+        with db.transaction() as connection:
+            ended = lifecycle.refuse(connection, child.task_id, agent, action, why)
+        return [each.task_id for each in ended]
+
+    assert refuse("other", child.action) == []
+    assert refuse("tester", "other") == []
+    assert refuse("tester", child.action) == [child.task_id, parent]
+    assert refuse("tester", child.action) == []
+    assert (read(parent).state, read(parent).error["code"]) == ("failed", "unknown_action")
 
 
 def _family() -> tuple[UUID, UUID, UUID]:
@@ -403,6 +459,37 @@ def test_while_the_queue_is_empty_back_off_does_not_count() -> None:
         )
     assert _rung(statements.ring_overdue("tester", 10)) == []
     assert _rung(statements.ring_overdue("tester", 10, empty=[5])) == [task_id]
+
+
+def test_back_off_counts_for_a_host_whose_worker_is_dead() -> None:
+    for host in ("here", "there", None):
+        with db.transaction() as connection:
+            admission.accept(connection, Submission(work, {}, host=host), rung=True)
+    row = Identity("tester@here", "tester", "here").row
+    db.run(statements.enlist({**row, "slots": 1}))
+    in_14_s = text("now() + interval '14 seconds'")
+    db.run(update(tasks).values(rings=2, next_ring_at=in_14_s))
+    rung = set(_rung(statements.ring_overdue("tester", 10, empty=[5])))
+    assert {read(task_id).host for task_id in rung} == {"here", None}
+
+
+def test_what_only_a_dead_host_could_run_makes_no_agent_unhealthy() -> None:
+    row = Identity("tester@here", "tester", "here").row
+    db.run(statements.enlist({**row, "slots": 1}))
+
+    def oldest_age_s() -> float | None:
+        found = db.run(statements.status(["tester"]))[0].oldest_age_s
+        return None if found is None else float(found)
+
+    for host, expected in (("there", None), ("here", 50), (None, 100)):
+        with db.transaction() as connection:
+            submission = Submission(work, {}, host=host)
+            admission.accept(connection, submission, rung=True)
+        age = text(f"now() - interval '{expected or 200} seconds'")
+        db.run(update(tasks).where(tasks.c.task_id == submission.task_id).values(run_at=age))
+        assert oldest_age_s() == (expected and pytest.approx(expected, abs=5))
+        if host == "here":
+            db.run(tasks.delete().where(tasks.c.task_id == submission.task_id))
 
 
 @pytest.mark.parametrize(

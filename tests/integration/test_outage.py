@@ -141,7 +141,7 @@ def test_an_outcome_whose_answer_was_lost_counts_once(answer_lost: Any) -> None:
 
 def test_an_outage_while_a_suspect_waits_to_be_alone_is_waited_out(answer_lost: Any) -> None:
     task_id = accept(work)
-    db.run(text("UPDATE tasks SET crashes = 1"))
+    db.run(text("UPDATE tasks SET alone = true"))
     answer_lost(statements.neighbours, times=2)
     place = site()
     worker.perform(place, work, task_id)
@@ -153,7 +153,7 @@ def test_an_outage_that_outlasts_a_suspect_leaves_no_report_open(
     answer_lost: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task_id = accept(work)
-    db.run(text("UPDATE tasks SET crashes = 1"))
+    db.run(text("UPDATE tasks SET alone = true"))
     monkeypatch.setattr(worker, "_PATIENTLY", worker._PATIENTLY.copy(stop=lambda _: True))
     answer_lost(statements.neighbours)
     place = site()

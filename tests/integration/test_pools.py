@@ -8,15 +8,17 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import func, select, text, update
 
 from sutazai import admission, db, lifecycle, statements
 from sutazai.agent import Agent
+from sutazai.keeper import LIMIT_GRACE_S
 from sutazai.models import tasks, workers
 from sutazai.relay import Relay
 from sutazai.submission import Options, Submission
@@ -124,6 +126,32 @@ def test_an_action_that_never_ends_is_ended_at_its_limit_in_every_pool(
         assert charges(neighbour) == (0, 0)
 
 
+def test_an_action_is_tried_again_after_its_limit_only_if_it_says_so(
+    start: Start, relay: Relay
+) -> None:
+    start(pools.prefork)
+    task_id = accept(pools.prefork, "spin_first")
+    rung_until(relay, lambda: row(task_id).state == "succeeded")
+    assert outcomes(task_id) == ["timed_out", "succeeded"]
+    assert charges(task_id) == (1, 0)
+    task_id = accept(pools.prefork, "spin_first")
+    db.run(update(tasks).where(tasks.c.task_id == task_id).values(rerun_after_crash=False))
+    rung_until(relay, lambda: row(task_id).state == "failed")
+    assert row(task_id).error["code"] == "time_limit_exceeded"
+
+
+def test_what_must_not_run_twice_fails_when_its_worker_has_to_end_itself(
+    start: Start, relay: Relay
+) -> None:
+    worker = start(pools.threads)
+    once = accept(pools.threads, "nap_once", seconds=50)
+    rung_until(relay, lambda: row(once).state == "running")
+    accept(pools.threads, "spin")
+    rung_until(relay, lambda: worker.poll() is not None)
+    assert (row(once).state, row(once).error["code"]) == ("failed", "worker_lost")
+    assert outcomes(once) == ["lost"]
+
+
 @pytest.mark.parametrize("agent", POOLS, ids=lambda agent: agent.pool)
 def test_an_action_that_ignores_its_cancellation_is_ended_in_every_pool(
     start: Start, relay: Relay, agent: Agent
@@ -197,3 +225,40 @@ def test_a_pool_that_never_stops_holds_up_no_drain(start: Start, relay: Relay) -
     worker.send_signal(signal.SIGTERM)
     rung_until(relay, lambda: row(task_id).state == "succeeded")
     until(lambda: worker.poll() is not None, 15)
+
+
+def test_an_outage_longer_than_its_limit_does_not_make_a_finished_task_late(
+    start: Start, relay: Relay
+) -> None:
+    start(pools.prefork)
+    task_id = accept(pools.prefork, "nap", seconds=0.5)
+    db.run(update(tasks).values(time_limit_s=1))
+    rung_until(relay, lambda: row(task_id).state == "running")
+    with no_writes():
+        late = select(func.now() > tasks.c.started_at + timedelta(seconds=1 + LIMIT_GRACE_S + 2))
+        until(lambda: db.run(late)[0][0], 20)
+    until(lambda: row(task_id).finished_at, 20)
+    assert outcomes(task_id) == ["succeeded"]
+
+
+@contextmanager
+def no_writes() -> Iterator[None]:
+    """Let PostgreSQL close every connection and take no writes."""
+
+    def refuse(verb: str) -> None:
+        with db.transaction() as connection:
+            connection.execute(text("SET TRANSACTION READ WRITE"))
+            connection.execute(text(f"ALTER ROLE CURRENT_USER {verb}"))
+        db.run(
+            text(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                "WHERE usename = current_user AND pid <> pg_backend_pid()"
+            )
+        )
+        db.dispose()
+
+    refuse("SET default_transaction_read_only = on")
+    try:
+        yield
+    finally:
+        refuse("RESET default_transaction_read_only")

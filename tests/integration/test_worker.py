@@ -97,6 +97,17 @@ def never_looking(params: Number, context: Context) -> Number:
 
 
 @agent.action()
+def cancelled_before_it_delegates(params: NoParams, context: Context) -> Number | Delegation:
+    """Be cancelled while running, notice it, and delegate all the same."""
+    context.enqueue(double, Number(number=1))
+    with db.transaction() as connection:
+        lifecycle.cancel(connection, context.task_id)
+    context.progress(1.0)
+    assert context.cancelled
+    return context.delegate(double, {"number": 4})
+
+
+@agent.action()
 def overtaken(params: NoParams, context: Context) -> Number:
     """Lose the lease while running."""
     with db.transaction() as connection:
@@ -241,6 +252,14 @@ def test_delegating(site: Site) -> None:
     assert last().state == "waiting"
     perform(site, double, last().child_id)
     assert (last().state, last().result) == ("succeeded", {"number": 8.0})
+
+
+def test_a_task_that_delegates_after_its_cancellation_ends_with_its_children(site: Site) -> None:
+    with pytest.raises(Requeued):
+        run(site, cancelled_before_it_delegates)
+    with db.transaction() as connection:
+        states = list(connection.execute(select(tasks.c.state)).scalars())
+    assert states == ["cancelled"] * 3
 
 
 def test_a_cancelled_task_is_cancelled_whatever_its_action_raises(site: Site) -> None:
@@ -406,6 +425,13 @@ def test_a_new_worker_takes_over_at_once_what_its_dead_predecessor_ran(site: Sit
             select(workers.c.stopped_at).where(workers.c.worker_id == dead.worker_id)
         ).scalar()
     assert stopped is not None
+
+
+def test_a_worker_whose_enlisting_was_never_confirmed_enlists_again(site: Site) -> None:
+    for _ in range(2):
+        keeper_of(site).enlist()
+    with db.transaction() as connection:
+        assert len(connection.execute(select(workers.c.worker_id)).all()) == 1
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,10 @@ from uuid import uuid4
 import redis
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sqlalchemy import update
 
+from sutazai import db
+from sutazai.models import tasks
 from sutazai.relay import Relay
 from tests.conftest import Servers
 from tests.integration import pools
@@ -79,3 +82,17 @@ def test_no_message_stops_a_worker(database: Servers, start: Start, relay: Relay
 
     send()
     broker.close()
+
+
+def test_a_task_of_an_unknown_action_fails_at_once_and_another_agents_does_not(
+    database: Servers, start: Start, relay: Relay
+) -> None:
+    start(pools.prefork)
+    own, other = (accept(agent, "nap", seconds=0) for agent in (pools.prefork, pools.threads))
+    db.run(update(tasks).values(action="gone"))
+    stray = {"headers.task": "in-threads.gone", "headers.id": str(other), "headers.sutazai-ring": 1}
+    with redis.Redis.from_url(database.broker_url) as broker:
+        broker.lpush(pools.prefork.name, json.dumps(message([], stray)))
+    rung_until(relay, lambda: row(own).state == "failed")
+    assert row(own).error["code"] == "unknown_action"
+    assert row(other).state == "queued", "its own worker may know the action"
