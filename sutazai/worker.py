@@ -201,7 +201,8 @@ class Attempt:
             if not _is_drain(stop):
                 raise self._failed(RuntimeError(f"The action called exit: {stop}")) from stop
             # The worker drains: the attempt is put back, and nothing is charged.
-            self._requeue(Outcome.RELEASED)
+            again = self._action.rerun_after_crash
+            self._record(lambda connection: lifecycle.release(connection, self._held, again=again))
             _logger.info("task released", ran_s=self._ran_s)
             raise
         except Exception as error:

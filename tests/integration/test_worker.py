@@ -115,6 +115,16 @@ def overtaken(params: NoParams, context: Context) -> Number:
     return Number()
 
 
+def stopped(params: Number, context: Context) -> Number:
+    """Be interrupted by the worker's drain."""
+    raise KeyboardInterrupt
+
+
+stopped_again = agent.action()(stopped)
+stopped.__name__ = "stopped_once"
+stopped_once = agent.action(rerun_after_crash=False)(stopped)
+
+
 class Silent:
     """A bell whose notices nobody hears: the tests act as the worker themselves."""
 
@@ -165,6 +175,18 @@ def test_success(site: Site) -> None:
     row = run(site, double, number=2.0)
     assert (row.state, row.result, row.progress["fraction"]) == ("succeeded", {"number": 4.0}, 1)
     assert [attempt["outcome"] for attempt in row.attempts] == ["succeeded"]
+
+
+def test_a_drain_puts_back_what_may_run_again_and_fails_what_must_not(site: Site) -> None:
+    for action, state, outcome in (
+        (stopped_again, "queued", "released"),
+        (stopped_once, "failed", "lost"),
+    ):
+        with pytest.raises(KeyboardInterrupt):
+            run(site, action)
+        row = last()
+        assert (row.state, [attempt["outcome"] for attempt in row.attempts]) == (state, [outcome])
+        assert (row.error or {}).get("code") == (None if state == "queued" else "worker_lost")
 
 
 def test_both_ends_of_an_attempt_are_reported(site: Site) -> None:
