@@ -17,7 +17,7 @@ up: $(RUN_STAMP) ## Install what is needed and start the whole system (ARGS="--p
 	@SUTAZAI_HOME="$${SUTAZAI_HOME:-$(CURDIR)/.sutazai}" exec $(BIN)/sutazai up $(ARGS)
 
 test: $(DEV_STAMP) ## Run the whole test suite on private servers, two files at a time (ARGS="-n 0 -k name")
-	$(BIN)/pytest --numprocesses 2 --dist loadfile $(ARGS)
+	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 bench: $(BENCH_STAMP) ## Measure it beside other task systems, write benchmarks/results.md (ARGS="--only drain --quick")
 	@$(BIN)/python -m benchmarks $(ARGS)

@@ -257,7 +257,6 @@ def _bind(made: Celery, action: Action[Any, Any]) -> None:
         run,
         bind=True,
         name=action.full_name,
-        queue=action.agent,
         throws=(SutazaiError,),
         typing=False,
         shared=False,

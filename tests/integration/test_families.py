@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from functools import partial
 from threading import Barrier
 from typing import Any
@@ -204,7 +205,7 @@ def test_nothing_of_a_tree_that_has_not_ended_is_pruned() -> None:
         kept += tree
     alone = accept()
     _change(alone, state="succeeded", finished_at=text("now() - interval '2 days'"))
-    prune = statements.prune(after_s=86_400, scheduled=False, limit=100)
+    prune = statements.prune({}, otherwise=timedelta(days=1), limit=100)
     assert db.run(prune)[0].count == 1
     assert {row.task_id for row in db.run(select(tasks.c.task_id))} == set(kept)
     db.run(update(tasks).values(state="succeeded", finished_at=text("now() - interval '2 days'")))
