@@ -224,7 +224,7 @@ def _await_quiet(connection: psycopg.Connection[Any]) -> None:
 
 _QUEUED = """
     SELECT count(*)
-    FROM (SELECT 1 FROM tasks WHERE agent = %s AND state = 'queued' LIMIT 500) AS some
+    FROM (SELECT 1 FROM tasks WHERE agent = %s AND state = 'queued' LIMIT 500) AS bounded
 """
 
 _FINISHED = """

@@ -61,3 +61,9 @@ def crash(params: NoParams, context: Context) -> Done:
     """Kill the process that runs this."""
     os.kill(os.getpid(), 9)
     return Done(attempt=context.attempt)
+
+
+@agent.action(time_limit_s=60)
+def nothing(params: NoParams, context: Context) -> Done:
+    """Do nothing, so that its outcome may be recorded together with others."""
+    return Done(attempt=context.attempt)

@@ -39,14 +39,14 @@ def kill_session(place: Place, chance: random.Random) -> None:
 
 @fault("immediate stop and restart of PostgreSQL", is_long=True)
 def stop_database(place: Place, _: random.Random) -> None:
-    _stop(place)
+    stop_at_once(place)
 
 
 @fault("three immediate stops and restarts of PostgreSQL in a row")
 def stop_database_again(place: Place, chance: random.Random) -> None:
     charged = place.value(_CHARGED)
     for _ in range(3):
-        _stop(place)
+        stop_at_once(place)
         last(chance.uniform(0.2, 1.0))
     assert place.value(_CHARGED) == charged, "tasks were charged for an outage"
 
@@ -54,7 +54,7 @@ def stop_database_again(place: Place, chance: random.Random) -> None:
 _CHARGED = "SELECT coalesce(sum(failures + crashes), 0) FROM tasks"
 
 
-def _stop(place: Place) -> None:
+def stop_at_once(place: Place) -> None:
     """Stop PostgreSQL as fast as it can be; return when tasks are accepted again."""
     server = place.process("postgresql")
     server.send_signal(signal.SIGQUIT)  # its immediate shutdown
