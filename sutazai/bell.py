@@ -99,7 +99,7 @@ class Pace(NamedTuple):
 def pace(drained_per_s: float, slots: int, *, is_behind: bool = False) -> Pace:
     """Return the pace of a queue that drains so many tasks a second with so many slots."""
     size = min(WINDOW_MAX, max(2 * drained_per_s, 2 * slots, WINDOW_MIN))
-    together = min(TOGETHER_MAX, max(1, drained_per_s / slots * TOGETHER_S))
+    together = min(TOGETHER_MAX, max(1, drained_per_s / max(1, slots) * TOGETHER_S))
     return Pace(int(size), int(together), is_behind)
 
 

@@ -82,10 +82,11 @@ def _run_all(site: Site, action: Action[Any, Any], taken: deque[_Taken]) -> list
     site.reports.tell(Word.TAKEN, *((row.task_id, claim_id) for claim_id, row in taken))
     try:
         while taken:
-            claim_id, row = taken.popleft()
+            claim_id, row = taken[0]
             claim = (row.task_id, claim_id)
-            site.reports.tell(Word.BEGAN, claim, limit_s=row.time_limit_s)
             try:
+                site.reports.tell(Word.BEGAN, claim, limit_s=row.time_limit_s)
+                taken.popleft()
                 told.append(_tell(row.task_id, run, site, action, claim_id, row, endings))
             finally:
                 if claim_id not in endings.given:
@@ -93,8 +94,11 @@ def _run_all(site: Site, action: Action[Any, Any], taken: deque[_Taken]) -> list
             if time.monotonic() - taken_at > LATE_S:
                 break
     finally:
-        endings.flush()
-        _put_back(site, taken)
+        try:
+            endings.flush()
+        finally:
+            endings.flush()  # what a drain has interrupted
+            _put_back(site, taken)
     return told
 
 
@@ -185,32 +189,37 @@ class Endings:
                 timer.cancel()
             if not endings:
                 return
+            recorded: Sequence[Any] = ()
             try:
-                self._record(endings)
-            except DatabaseUnavailable as error:
+                recorded = self._record(endings)
+            except (DatabaseUnavailable, *db.REFUSALS) as error:
+                # Their leases run out, and they are rescued.
                 _logger.warning("outcomes are not recorded", tasks=len(endings), reason=str(error))
+            except BaseException:
+                # The worker drains: whoever holds this records them then.
+                self._waiting = endings + self._waiting
+                raise
             claims = [(ending.task_id, ending.claim_id) for ending in endings]
             self._site.reports.tell(Word.GONE, *claims)
+            agent = self._site.identity.agent
+            ended = [lifecycle.Ended(row.task_id, agent, row.state) for row in recorded]
+            redis.announce_ended(ended)
 
-    def _record(self, endings: Sequence[statements.Ending]) -> None:
+    def _record(self, endings: Sequence[statements.Ending]) -> Sequence[Any]:
+        """Record outcomes, and return the states of those that are."""
         try:
             recorded = self._finish(endings)
         except db.REFUSALS as error:
-            if len(endings) > 1:
-                for ending in endings:  # one is at fault, and the others must not pay for it
-                    self._record([ending])
-                return
-            refused = endings[0]._replace(
-                state=State.FAILED,
-                outcome=Outcome.FAILED,
-                result=None,
-                error=lifecycle.error_json(error),
-            )
-            recorded = self._finish([refused])
+            if len(endings) == 1:
+                return self._finish([_failed(endings[0], error)])
+            # One is at fault, and the others must not pay for it.
+            recorded = []
+            for ending in endings:
+                with suppress(*db.REFUSALS):
+                    recorded += self._record([ending])
         if len(recorded) < len(endings):
             _logger.warning("outcomes refused: the attempts had lost their leases")
-        agent = self._site.identity.agent
-        redis.announce_ended([lifecycle.Ended(row.task_id, agent, row.state) for row in recorded])
+        return recorded
 
     def _finish(self, endings: Sequence[statements.Ending]) -> Sequence[Any]:
         recorded: Sequence[Any] = ()
@@ -221,3 +230,10 @@ class Endings:
                     # A commit that raises is uncertain: it may have happened.
                     recorded = db.run(statements.outcomes_of(endings))
         return recorded
+
+
+def _failed(ending: statements.Ending, error: Exception) -> statements.Ending:
+    """Return the ending of a task whose result PostgreSQL refuses."""
+    described = lifecycle.error_json(error)
+    failed = ending._replace(state=State.FAILED, outcome=Outcome.FAILED)
+    return failed._replace(result=None, error=described)

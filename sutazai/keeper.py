@@ -367,6 +367,8 @@ class Keeper(threading.Thread):
             if row is None and not running.missed:
                 # It may just have ended, its report still under way: the next round decides.
                 running.missed = True
+            elif row is None and running.word is not Word.BEGAN:
+                self._running.pop(running.claim_id)  # the process runs another task
             elif row is None:
                 _logger.warning("aborting an attempt that lost its lease")
                 self._kill(running)
@@ -382,11 +384,13 @@ class Keeper(threading.Thread):
                 self._put_back(running, Outcome.RELEASED)
 
     def _put_back(self, running: Running, outcome: Outcome) -> None:
+        ended: list[lifecycle.Ended] | None = None
         with db.transaction() as connection:
             row = connection.execute(statements.charge(running.task_id)).first()
             if row is not None:
-                lifecycle.requeue(connection, _held(row, running), outcome)
+                ended = lifecycle.requeue(connection, _held(row, running), outcome)
         self._running.pop(running.claim_id, None)
+        redis.announce_ended(ended or [])
 
     def _count(self, word: Word) -> int:
         return sum(running.word is word for running in self._running.values())

@@ -171,8 +171,9 @@ class Relay:
                 rows += connection.execute(statements.ring_unrung(name, room - len(rows)))
             elif empty:
                 rows += connection.execute(statements.ring_unrung(name, 2 * agent.slots, empty))
-        if room:
-            self._tell_pace(name, self._paces[name]._replace(is_behind=len(rows) >= room))
+        is_behind = len(rows) >= room if room else self._paces[name].is_behind
+        if is_behind != self._paces[name].is_behind:
+            self._tell_pace(name, self._paces[name]._replace(is_behind=is_behind))
         # PostgreSQL does not promise the order of RETURNING; notices go out by priority, then age.
         notices = sorted((Notice(*row) for row in rows), key=lambda n: (-n.priority, n.task_id))
         self._bell.ring(notices, self._paces[name])
@@ -184,18 +185,20 @@ class Relay:
         What was learnt holds while it has nothing to do: the next backlog is likely to be alike.
         """
         now = time.monotonic()
-        then, claims = self._claims.setdefault(agent.agent, (now, agent.claims))
-        known = self._paces.setdefault(agent.agent, pace(0.0, agent.slots))
+        name = agent.agent
+        if name not in self._paces:
+            self._tell_pace(name, pace(0.0, agent.slots))
+        then, claims = self._claims.setdefault(name, (now, agent.claims))
         if now - then >= PACE_S:
-            self._claims[agent.agent] = (now, agent.claims)
+            self._claims[name] = (now, agent.claims)
             drained_per_s = max(0, agent.claims - claims) / (now - then)
-            measured = pace(drained_per_s, agent.slots, is_behind=known.is_behind)
-            self._tell_pace(agent.agent, measured)
+            is_behind = self._paces[name].is_behind
+            self._tell_pace(name, pace(drained_per_s, agent.slots, is_behind=is_behind))
 
     def _tell_pace(self, agent: str, found: Pace) -> None:
-        if found != self._paces[agent]:
-            self._paces[agent] = found
-            redis.attempt(lambda client: client.hset(PACES_KEY, agent, str(found)))
+        """Keep a pace, and write it for the fronts: whatever stood there may be another relay's."""
+        self._paces[agent] = found
+        redis.attempt(lambda client: client.hset(PACES_KEY, agent, str(found)))
 
     def _notice_broker_loss(self) -> None:
         """Make rung rows due when the broker lost its queues; commit first, mark after."""

@@ -87,6 +87,7 @@ _NOTICE = (
         tasks.c.concurrency_key.is_(None),
         ~tasks.c.alone,
         tasks.c.rerun_after_crash,
+        tasks.c.attempt == 0,  # what was put back once comes by itself
     ).label("is_plain"),
 )
 

@@ -202,7 +202,8 @@ class Attempt:
                 raise self._failed(RuntimeError(f"The action called exit: {stop}")) from stop
             # The worker drains: the attempt is put back, and nothing is charged.
             again = self._action.rerun_after_crash
-            self._record(lambda connection: lifecycle.release(connection, self._held, again=again))
+            with contextlib.suppress(LeaseLost):
+                self._record(lambda within: lifecycle.release(within, self._held, again=again))
             _logger.info("task released", ran_s=self._ran_s)
             raise
         except Exception as error:

@@ -14,6 +14,7 @@ from sqlalchemy import text
 
 from sutazai import admission, db, hand, keeper, lifecycle, statements
 from sutazai.agent import Agent, Context, NoParams
+from sutazai.bell import Notice
 from sutazai.errors import DatabaseUnavailable, Unavailable
 from sutazai.keeper import Identity, Keeper
 from sutazai.models import new_id
@@ -137,6 +138,35 @@ def test_a_drain_records_what_has_ended_and_puts_back_the_rest(site: Site) -> No
     assert states(ids) == ["succeeded", "queued", "queued"]
     assert [outcomes(task_id) for task_id in ids] == [["succeeded"], ["released"], ["released"]]
     assert words(site).count(Word.GONE) == 3
+
+
+def test_a_drain_while_outcomes_are_recorded_loses_none(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = accept(10, 11, 12)
+    monkeypatch.setattr(hand, "LATE_S", 0.0)
+    reached = db.run
+    stopped = []
+
+    def run(statement: Any) -> Any:
+        if not stopped and statement[0] is statements._FINISH_MANY:
+            stopped.append(statement)
+            raise SystemExit
+        return reached(statement)
+
+    monkeypatch.setattr(db, "run", run)
+    with pytest.raises(SystemExit):
+        hand.perform_all(site, work, ids)
+    assert states(ids) == ["succeeded", "queued", "queued"]
+    assert words(site).count(Word.GONE) == 3
+
+
+def test_what_was_put_back_comes_by_itself(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = accept(10, 11)
+    monkeypatch.setattr(hand, "LATE_S", 0.0)
+    hand.perform_all(site, work, ids)
+    [again] = [Notice(*row) for row in db.run(statements.ring_unrung("tester", 9))]
+    assert (again.task_id, again.is_plain) == (ids[1], False)
 
 
 def test_what_cannot_be_taken_together_is_taken_by_itself(site: Site) -> None:
@@ -293,3 +323,18 @@ def test_leases_of_all_are_extended_and_one_that_is_being_ended_holds_up_none(si
         assert {row.claim_id for row in kept} == {first[1], second[1]}
     left = text("SELECT lease_expires_at > now() + interval '20 s' FROM tasks ORDER BY params")
     assert [row[0] for row in db.run(left)] == [False, True]
+
+
+def test_a_claim_that_is_recorded_but_not_yet_told_costs_the_process_nothing(site: Site) -> None:
+    claims = taken(site, (10, 11))
+    done, ran = claims.items()
+    site.reports.tell(Word.TAKEN, done)
+    site.reports.tell(Word.DONE, done)
+    site.reports.tell(Word.BEGAN, ran, limit_s=60)
+    watch = keeper_of(site)
+    watch._take_reports()
+    db.run(text("UPDATE tasks SET state = 'succeeded', finished_at = now() WHERE params = :first"
+                ).bindparams(first='{"number": 10}'))  # fmt: skip
+    for _ in range(2):
+        watch._extend(0.0)  # else it would end this process
+    assert set(watch._running) == {ran[1]}
