@@ -97,6 +97,14 @@ def charges(task_id: UUID) -> tuple[int, int]:
     return failures, crashes
 
 
+def tell(command: str) -> None:
+    """Send a command to the worker, once it listens: one that is sent before is lost."""
+    from sutazai.celery import app
+
+    until(lambda: app.control.ping(timeout=0.5), 60)
+    app.control.broadcast(command)
+
+
 def rung_until(relay: Relay, condition: Callable[[], Any]) -> None:
     until(lambda: relay.round() is not None and condition(), 60)
 
@@ -184,10 +192,8 @@ def test_a_worker_that_stops_puts_long_tasks_back_uncharged_in_every_pool(
 def test_a_worker_whose_main_thread_hangs_ends_itself_and_its_task_runs_on_the_next(
     start: Start, relay: Relay, tmp_path: Path
 ) -> None:
-    from sutazai.celery import app
-
     hung = start(pools.prefork)
-    app.control.broadcast("hang")
+    tell("hang")
     task_id = accept(pools.prefork, "nap", seconds=0)
     rung_until(relay, lambda: hung.poll() is not None)
     assert hung.returncode == -signal.SIGKILL
@@ -201,12 +207,10 @@ def test_a_worker_whose_main_thread_hangs_ends_itself_and_its_task_runs_on_the_n
 def test_a_worker_whose_main_thread_fails_ends_at_once_and_puts_back_what_it_runs(
     start: Start, relay: Relay
 ) -> None:
-    from sutazai.celery import app
-
     failed = start(pools.prefork)
     task_id = accept(pools.prefork, "nap", seconds=50)
     rung_until(relay, lambda: row(task_id).state == "running")
-    app.control.broadcast("fail")
+    tell("fail")
     until(lambda: failed.poll() is not None, 5)
     assert row(task_id).state == "queued"
     start(pools.prefork)
@@ -216,10 +220,8 @@ def test_a_worker_whose_main_thread_fails_ends_at_once_and_puts_back_what_it_run
 
 
 def test_a_pool_that_never_stops_holds_up_no_drain(start: Start, relay: Relay) -> None:
-    from sutazai.celery import app
-
     worker = start(pools.prefork)
-    app.control.broadcast("cling")
+    tell("cling")
     task_id = accept(pools.prefork, "nap", seconds=1)
     rung_until(relay, lambda: row(task_id).state == "running")
     worker.send_signal(signal.SIGTERM)
