@@ -65,7 +65,7 @@ class Bell(Protocol):
 
 WINDOW_MIN = 100
 WINDOW_MAX = 1000
-TOGETHER_S = 0.05
+TOGETHER_S = 0.1
 TOGETHER_MAX = 16
 PACES_KEY = "sutazai:paces"
 """Redis hash, agent → the pace of its queue; the relay writes what it measured."""
@@ -81,7 +81,7 @@ class Pace(NamedTuple):
     """
 
     together: int = 1
-    """How many tasks one message may name: what one slot drains in 50 ms."""
+    """How many tasks one message may name: what one slot drains in 100 ms."""
 
     is_behind: bool = False
     """Whether rows wait that were never rung: then new ones wait behind them."""

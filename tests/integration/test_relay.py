@@ -87,7 +87,7 @@ def test_the_queue_holds_no_more_than_its_window(bell: Any) -> None:
     [
         (0, 2, WINDOW_MIN, 1),
         (30, 2, WINDOW_MIN, 1),
-        (200, 2, 400, 5),
+        (200, 2, 400, 10),
         (10_000, 2, WINDOW_MAX, TOGETHER_MAX),
         (0, 300, 600, 1),
     ],
