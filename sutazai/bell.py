@@ -66,6 +66,8 @@ class Bell(Protocol):
 WINDOW_MIN = 100
 WINDOW_MAX = 1000
 TOGETHER_S = 0.1
+"""A message names as many tasks as one slot drains in this time, at most `TOGETHER_MAX`."""
+
 TOGETHER_MAX = 16
 PACES_KEY = "sutazai:paces"
 """Redis hash, agent → the pace of its queue; the relay writes what it measured."""
@@ -81,7 +83,7 @@ class Pace(NamedTuple):
     """
 
     together: int = 1
-    """How many tasks one message may name: what one slot drains in 100 ms."""
+    """How many tasks one message may name."""
 
     is_behind: bool = False
     """Whether rows wait that were never rung: then new ones wait behind them."""

@@ -22,7 +22,7 @@ from sutazai.errors import DatabaseUnavailable, LeaseLost, TaskCancelled, TaskFa
 from sutazai.reports import Word
 from sutazai.state import Outcome, State
 from sutazai.worker import (
-    _PATIENTLY,
+    PATIENTLY,
     NotClaimed,
     Requeued,
     Site,
@@ -130,7 +130,7 @@ def _claim_all(
     """
     claimant = claimant_of(site, action)
     rows: dict[UUID, Row[Any]] = {}
-    for attempt in _PATIENTLY:
+    for attempt in PATIENTLY:
         with attempt:
             found = [*db.run(statements.claim_many(claims, **claimant))]
             if attempt.retry_state.attempt_number > 1:
@@ -223,7 +223,7 @@ class Endings:
 
     def _finish(self, endings: Sequence[statements.Ending]) -> Sequence[Any]:
         recorded: Sequence[Any] = ()
-        for attempt in _PATIENTLY:
+        for attempt in PATIENTLY:
             with attempt:
                 recorded = db.run(statements.finish_many(endings, time.monotonic()))
                 if attempt.retry_state.attempt_number > 1:

@@ -435,13 +435,14 @@ class Keeper(threading.Thread):
         ended: list[lifecycle.Ended] | None = None
         with db.transaction() as connection:
             row = connection.execute(statements.charge(running.task_id)).first()
-            if row is not None and outcome is Outcome.TIMED_OUT:
-                retries = self._agents[row.agent].get(row.action).retries(error)
+            if row is not None:
                 held = _held(row, running)
-                ended = lifecycle.time_out(connection, held, row, described, retries=retries)
-            elif row is not None:
-                held = _held(row, running)
-                ended = lifecycle.end(connection, held, State.CANCELLED, outcome, error=described)
+                if outcome is Outcome.TIMED_OUT:
+                    retries = self._agents[row.agent].get(row.action).retries(error)
+                    ended = lifecycle.time_out(connection, held, row, described, retries=retries)
+                else:
+                    state = State.CANCELLED
+                    ended = lifecycle.end(connection, held, state, outcome, error=described)
         self._running.pop(running.claim_id, None)
         if ended is not None:
             _logger.warning("ended a task by force", task_id=str(running.task_id), **described)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from uuid import UUID
 
@@ -80,8 +80,12 @@ def events_channel(agent: str) -> str:
 
 def announce(agent: str, task_id: UUID, **event: Any) -> None:
     """Publish an event of a task for those who wait or watch; losing it costs them a poll."""
-    text = payload.dumps({"task_id": str(task_id), **event})
+    text = _event(task_id, event)
     attempt(lambda connection: connection.publish(events_channel(agent), text))
+
+
+def _event(task_id: UUID, event: Mapping[str, Any]) -> str:
+    return payload.dumps({"task_id": str(task_id), **event})
 
 
 class Ended(Protocol):
@@ -102,17 +106,15 @@ class Ended(Protocol):
 
 def announce_ended(ended: Sequence[Ended]) -> None:
     """Publish that tasks have ended, in one round trip."""
-    if len(ended) == 1:
-        announce(ended[0].agent, ended[0].task_id, kind="state", state=ended[0].state)
-    elif ended:
+    if ended:
         attempt(lambda connection: _publish_all(connection, ended))
 
 
 def _publish_all(connection: library.Redis, ended: Sequence[Ended]) -> None:
     with connection.pipeline(transaction=False) as together:
         for gone in ended:
-            event = {"task_id": str(gone.task_id), "kind": "state", "state": gone.state}
-            together.publish(events_channel(gone.agent), payload.dumps(event))
+            text = _event(gone.task_id, {"kind": "state", "state": gone.state})
+            together.publish(events_channel(gone.agent), text)
         together.execute()
 
 

@@ -91,8 +91,10 @@ class CeleryBell:
 
     def levels(self, agent: str) -> Mapping[int, int] | None:
         """About how many notices lie on the queue, by priority; see `Bell.levels`."""
-        together = self._pace(agent).together
-        return self._ask(lambda connection: self._broker.levels(connection, agent, together))
+        return self._ask(lambda connection: self._levels(connection, agent))
+
+    def _levels(self, connection: Connection, agent: str) -> dict[int, int]:
+        return self._broker.levels(connection, agent, self._pace(agent).together)
 
     def _pace(self, agent: str) -> Pace:
         return self._paces.get(agent, Pace())
@@ -211,8 +213,7 @@ class CeleryBell:
         try:
             connection = self._producer().connection
             for agent in wanted:
-                together = self._pace(agent).together
-                self._depths[agent] = self._broker.levels(connection, agent, together)
+                self._depths[agent] = self._levels(connection, agent)
         except self._faults:
             self._drop()
         except DatabaseUnavailable as error:

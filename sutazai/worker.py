@@ -53,12 +53,13 @@ ALONE_POLL_S = 0.25
 OUTAGE_S = 120.0
 """How long PostgreSQL is waited for: with a claim, with a child, with an outcome."""
 
-_PATIENTLY = Retrying(
+PATIENTLY = Retrying(
     retry=retry_if_exception_type(DatabaseUnavailable),
     wait=wait_random_exponential(multiplier=0.05, max=1),
     stop=stop_after_delay(OUTAGE_S),
     reraise=True,
 )
+"""Tries again while PostgreSQL is away."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,7 @@ class Attempt:
                 return admission.accept(connection, child, rung=rung)
 
         # An outage of PostgreSQL is not the action's failure; the n-th call is made once.
-        accepted = _PATIENTLY(accept)
+        accepted = PATIENTLY(accept)
         # Not fresh: an earlier attempt of this task has made the same call.
         if accepted.fresh and rung:
             bell.ring([child.notice])
@@ -223,7 +224,7 @@ class Attempt:
         """
         others = statements.neighbours(self.task_id, self._site.identity.worker_id)
         try:
-            while _PATIENTLY(db.run, others)[0].count:
+            while PATIENTLY(db.run, others)[0].count:
                 time.sleep(ALONE_POLL_S)
         except DatabaseUnavailable as error:
             raise Unrecorded(str(error)) from error
@@ -310,7 +311,7 @@ class Attempt:
             uncertain = True
             self._limit(math.inf)  # the work is done: an outage must not make it late
             try:
-                ended = _PATIENTLY(record)
+                ended = PATIENTLY(record)
             except DatabaseUnavailable as error:
                 raise Unrecorded(str(error)) from error
         if ended is None:
@@ -406,7 +407,7 @@ def _claim(site: Site, action: Action[Any, Any], task_id: UUID, claim_id: UUID) 
     row: Row[Any] | None = None
     # A task that is given up here waits for its next notice, and one whose claim was committed
     # while its answer got lost waits until the lease ends: so an outage is waited out.
-    for attempt in _PATIENTLY:
+    for attempt in PATIENTLY:
         with attempt:
             row = _try_claim(action, task_id, claimant)
             if row is None and attempt.retry_state.attempt_number > 1:

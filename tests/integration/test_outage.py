@@ -154,7 +154,7 @@ def test_an_outage_that_outlasts_a_suspect_leaves_no_report_open(
 ) -> None:
     task_id = accept(work)
     db.run(text("UPDATE tasks SET alone = true"))
-    monkeypatch.setattr(worker, "_PATIENTLY", worker._PATIENTLY.copy(stop=lambda _: True))
+    monkeypatch.setattr(worker, "PATIENTLY", worker.PATIENTLY.copy(stop=lambda _: True))
     answer_lost(statements.neighbours)
     place = site()
     with pytest.raises(worker.Unrecorded):

@@ -54,10 +54,7 @@ def _hands(place: Place, chance: random.Random, *, charged: int = 2) -> Iterator
     until(lambda: _is_taken_together(place, ids), 60, "tasks are taken in hand together")
     time.sleep(chance.uniform(0, 0.2))
     yield
-    unfinished = (
-        "SELECT count(*) FROM tasks WHERE task_id = ANY(%s::uuid[]) AND finished_at IS NULL"
-    )
-    until(lambda: place.value(unfinished, ids) == 0, 90, "the backlog is worked off")
+    until(lambda: place.value(_UNFINISHED, ids) == 0, 90, "the backlog is worked off")
     assert place.value(_WRONG, ids) == 0, "some have not succeeded exactly once"
     assert place.value(_CHARGED, ids) <= charged, "tasks were charged that did not run"
 
