@@ -20,8 +20,9 @@ from pydantic import BaseModel
 
 from sutazai import db, worker
 from sutazai.agent import Agent, Context, NoParams
-from sutazai.api import Waiting, create_app
+from sutazai.api.app import create_app
 from sutazai.api.server import FrontServer, configure
+from sutazai.api.waiting import Waiting
 from sutazai.bell import Notice
 from sutazai.errors import (
     LeaseLost,

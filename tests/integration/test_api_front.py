@@ -636,7 +636,7 @@ SERVE = """
 import sys
 from sutazai import log
 from sutazai.agent import Agent
-from sutazai.api import serve
+from sutazai.api.server import serve
 log.configure("json", "info")
 agents = [Agent(f"served-{port}", port=int(port), doc="x") for port in sys.argv[1:]]
 sys.exit(serve(agents, None))

@@ -22,8 +22,8 @@ from starlette.routing import Route
 
 from sutazai import db
 from sutazai.agent import Agent, Context
-from sutazai.api import Waiting, create_app
-from sutazai.api.app import ROUTES
+from sutazai.api.app import ROUTES, create_app
+from sutazai.api.waiting import Waiting
 from sutazai.errors import UnknownAction
 from sutazai.settings import override
 
