@@ -7,6 +7,7 @@ the row first, and every result is read from it.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import runpy
@@ -20,7 +21,7 @@ from uuid import UUID
 
 from celery import Celery, Task, bootsteps, signals
 from celery.backends.base import BaseBackend
-from celery.exceptions import Ignore, InvalidTaskError
+from celery.exceptions import Ignore, InvalidTaskError, WorkerLostError
 
 from sutazai import (
     admission,
@@ -51,6 +52,7 @@ from sutazai.errors import (
 from sutazai.hand import perform_all
 from sutazai.keeper import Identity, Keeper
 from sutazai.models import new_id
+from sutazai.prefetch import Prefetch, slots_of
 from sutazai.reports import Reports
 from sutazai.ringer import CeleryBell, abandon, faults
 from sutazai.settings import prepare_flower, settings
@@ -199,6 +201,7 @@ def _create() -> Application:
             _bind(made, action)
     made.steps["worker"].add(KeeperStep)
     made.steps["consumer"].add(watchers.BatchEvents)
+    made.steps["consumer"].add(Prefetch)
     return made
 
 
@@ -227,6 +230,14 @@ class CheckedRequest(watchers.HandRequest):
         is_pair = isinstance(limits, list | tuple) and len(limits) == 2
         if not is_pair or not {type(limit) for limit in limits} <= {int, float, type(None)}:
             raise InvalidTaskError(f"invalid time limits {limits!r}")
+
+    def on_failure(self, exc_info: Any, *args: Any, **options: Any) -> Any:
+        """Do as Celery; what a dead process had not claimed yet is rung again at once."""
+        keeper: Keeper | None = _state.get("keeper")
+        if keeper is not None and isinstance(exc_info.exception, WorkerLostError):
+            with contextlib.suppress(ValueError):  # a foreign message may have any id
+                keeper.lost_notice((UUID(self.id), *watchers.others_of(self.request_dict)))
+        return super().on_failure(exc_info, *args, **options)
 
 
 def _bind(made: Celery, action: Action[Any, Any]) -> None:
@@ -370,7 +381,7 @@ class KeeperStep(bootsteps.StartStopStep):  # type: ignore[misc]
             site.identity,
             site.reports,
             site.agents,
-            slots=lambda: _slots_of(parent),
+            slots=lambda: slots_of(parent),
             consuming=lambda: _is_consuming(parent, site.identity.agent),
             broker_answers=_broker_answers,
             each_beat=lambda: watchers.end_unwatched(parent),
@@ -421,14 +432,6 @@ def _broker_answers() -> bool:
     finally:
         abandon(connection)
     return True
-
-
-def _slots_of(parent: Any) -> int:
-    """Return how many tasks the pool runs at once; none, while it has stopped."""
-    try:
-        return int(parent.pool.num_processes or 1)
-    except AttributeError:
-        return 0
 
 
 def _is_consuming(parent: Any, queue: str) -> bool:

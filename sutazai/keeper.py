@@ -15,7 +15,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -182,6 +183,7 @@ class Keeper(threading.Thread):
         self._broker_answers = broker_answers
         self._each_beat = each_beat
         self._running: dict[UUID, Running] = {}
+        self._lost: deque[UUID] = deque()
         self._claims = 0
         self._stop_requested = threading.Event()
         self._wake_reader, self._wake_writer = os.pipe()
@@ -217,6 +219,11 @@ class Keeper(threading.Thread):
         self._drain_at = self._told_at + DRAIN_S
         self._wake()
 
+    def lost_notice(self, task_ids: Iterable[UUID]) -> None:
+        """Ring tasks again soon whose process died: it may not have claimed them yet."""
+        self._lost.extend(task_ids)
+        self._wake()
+
     def give_up(self) -> None:
         """End the process at once: its main thread has failed. What it runs is put back."""
         self._end_at = time.monotonic()
@@ -249,6 +256,7 @@ class Keeper(threading.Thread):
                     enlisted = True
                 self._end_overruns(now)
                 self._take_back_crashed()
+                self._ring_lost()
                 self._release_waiting(now)
                 if now >= beat_at:
                     beat_at = now + HEARTBEAT_S
@@ -422,6 +430,12 @@ class Keeper(threading.Thread):
             _logger.warning(
                 "the process of a task died", task_id=str(running.task_id), rescued=rescued.tasks
             )
+
+    def _ring_lost(self) -> None:
+        if lost := list(self._lost):
+            db.run(statements.ring_failed(lost))
+            for _ in lost:
+                self._lost.popleft()  # only now: while PostgreSQL is away it is tried again
 
     def _finish_by_force(self, running: Running, error: TaskFailed, outcome: Outcome) -> None:
         """End an attempt's process, then record why; one that was late may be tried again.

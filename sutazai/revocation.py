@@ -53,14 +53,15 @@ def _terminate(state: Any, signal: Any, task_id: Any, **_: Any) -> Any:  # noqa:
 
 
 def _cancel(task_id: str | Iterable[str] | None) -> list[str]:
-    """Cancel the tasks of one id or of several, and return the ids; what is no id is no task."""
-    ids = [task_id] if isinstance(task_id, str) else list(task_id or ())
+    """Cancel the tasks of one id or of several; return the ids, without what is none."""
+    given = [task_id] if isinstance(task_id, str) else list(task_id or ())
+    ids = [wanted for wanted in map(_uuid, given) if wanted is not None]
     ended = []
     with db.transaction() as connection:
-        for wanted in filter(None, map(_uuid, ids)):
+        for wanted in ids:
             ended += lifecycle.cancel(connection, wanted)
     redis.announce_ended(ended)
-    return ids
+    return [str(wanted) for wanted in ids]
 
 
 def _uuid(text: str) -> UUID | None:

@@ -540,7 +540,7 @@ def _ring(chosen: Any) -> Update:
 
 
 def ring_failed(task_ids: Sequence[UUID]) -> Update:
-    """Make rows whose notice could not be published due again after a second, without doubling."""
+    """Make rows due in a second whose notice was not published, or lost; without doubling."""
     return (
         update(tasks)
         .where(_QUEUED, tasks.c.task_id.in_(task_ids), tasks.c.rings > 0)

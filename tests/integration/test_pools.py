@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+import psutil
 import pytest
 from sqlalchemy import func, select, text, update
 
@@ -227,6 +228,48 @@ def test_a_pool_that_never_stops_holds_up_no_drain(start: Start, relay: Relay) -
     worker.send_signal(signal.SIGTERM)
     rung_until(relay, lambda: row(task_id).state == "succeeded")
     until(lambda: worker.poll() is not None, 15)
+
+
+def test_long_tasks_stay_in_the_broker_until_a_slot_is_free(start: Start, relay: Relay) -> None:
+    from sutazai.celery import app, bell
+
+    start(pools.prefork)
+    for _ in range(8):
+        accept(pools.prefork, "nap", seconds=60)
+    running = select(func.count()).where(tasks.c.state == "running")
+    rung = select(func.count()).where(tasks.c.state == "queued", tasks.c.rings > 0)
+    rung_until(relay, lambda: (db.run(running)[0][0], db.run(rung)[0][0]) == (2, 6))
+    until(lambda: bell().depth(pools.prefork.name) == 6)
+    until(lambda: app.control.ping(timeout=0.5), 60)  # the worker's loop has gone round meanwhile
+    assert bell().depth(pools.prefork.name) == 6, "for whoever is free, and behind what is urgent"
+
+
+def test_a_process_that_dies_before_its_claim_costs_a_moment(start: Start, relay: Relay) -> None:
+    from sutazai.celery import bell
+
+    worker = start(pools.prefork)
+    submission = Submission(pools.prefork.get("nap"), {"seconds": 0}, Options())
+    with db.transaction() as connection:
+        task_id = admission.accept(connection, submission, rung=True).task_id
+    with db.transaction() as connection:
+        connection.execute(statements.lock([task_id]))  # so that the claim waits
+        bell().ring([submission.notice])
+        until(lambda: db.run(CLAIMING), 20)
+        for child in psutil.Process(worker.pid).children():
+            child.kill()
+        db.run(END_CLAIMING)  # it would claim all the same, for nobody
+    rung_until(relay, lambda: row(task_id).state == "succeeded")
+    found = db.run(
+        select(tasks.c.started_at - tasks.c.created_at).where(tasks.c.task_id == task_id)
+    )
+    assert found[0][0] < timedelta(seconds=10), "not when its notice was due again, after 15 s"
+    assert outcomes(task_id) == ["succeeded"]
+
+
+CLAIMING = text(
+    "SELECT pid FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%claim_id%'"
+)
+END_CLAIMING = text(str(CLAIMING).replace("SELECT pid", "SELECT pg_terminate_backend(pid)"))
 
 
 def test_an_outage_longer_than_its_limit_does_not_make_a_finished_task_late(
