@@ -41,7 +41,8 @@ def run_all(faults: Sequence[Fault], plan: Plan, jobs: int) -> Generator[Run | s
     """
     spawn = multiprocessing.get_context("spawn")
     waiting, shown = spawn.Queue(), spawn.Queue()
-    for fault in faults:
+    # The long ones first: else everybody waits for the last one of them.
+    for fault in sorted(faults, key=lambda fault: not fault.is_long):
         waiting.put(fault.name)
     workers = []
     try:
