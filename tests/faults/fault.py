@@ -27,6 +27,9 @@ class Fault:
     is_long: bool
     """Only in the long form."""
 
+    is_busy: bool
+    """It takes all the cores: never two of them side by side, which would measure each other."""
+
     missing: Callable[[], str]
     """Says what this machine lacks for it; empty when nothing."""
 
@@ -39,12 +42,13 @@ def fault(
     *,
     kind: Kind = Kind.PLAIN,
     is_long: bool = False,
+    is_busy: bool = False,
     missing: Callable[[], str] = _nothing,
 ) -> Callable[[Inject], Inject]:
     """Add a function to the catalogue: it injects, lets heal, and raises when a promise broke."""
 
     def add(inject: Inject) -> Inject:
-        FAULTS.append(Fault(name, inject, kind, is_long, missing))
+        FAULTS.append(Fault(name, inject, kind, is_long, is_busy, missing))
         return inject
 
     return add

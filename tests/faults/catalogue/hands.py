@@ -19,26 +19,26 @@ TASKS = 1000
 """Of each action: enough to be still at work when the pace has been learnt."""
 
 
-@fault("kill -9 of a pool child amid hands", is_long=True)
+@fault("kill -9 of a pool child amid hands", is_long=True, is_busy=True)
 def kill_child(place: Place, chance: random.Random) -> None:
     with _hands(place, chance):
         kill(chance.choice(place.children()))
 
 
-@fault("kill -9 of a worker and its pool amid hands")
+@fault("kill -9 of a worker and its pool amid hands", is_busy=True)
 def kill_group(place: Place, chance: random.Random) -> None:
     with _hands(place, chance):
         for process in [place.process(WORKER), *place.children()]:
             kill(process)
 
 
-@fault("SIGTERM of a worker amid hands", is_long=True)
+@fault("SIGTERM of a worker amid hands", is_long=True, is_busy=True)
 def drain(place: Place, chance: random.Random) -> None:
     with _hands(place, chance, charged=0):
         place.process(WORKER).terminate()
 
 
-@fault("immediate stop and restart of PostgreSQL amid hands", is_long=True)
+@fault("immediate stop and restart of PostgreSQL amid hands", is_long=True, is_busy=True)
 def stop_database(place: Place, chance: random.Random) -> None:
     with _hands(place, chance, charged=0):
         stop_at_once(place)
