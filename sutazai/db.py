@@ -11,7 +11,7 @@ import re
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from functools import cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import orjson
 import psycopg
@@ -29,13 +29,15 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
 from sqlalchemy.util import greenlet_spawn
 
 from sutazai import payload
 from sutazai.errors import ConfigurationError, DatabaseBusy, DatabaseUnavailable, Deadlock
 from sutazai.settings import settings
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 set_json_loads(orjson.loads)
 
@@ -84,6 +86,8 @@ def engine(*, autocommit: bool = False) -> Engine:
 
 def asynchronous(*, autocommit: bool = False) -> AsyncEngine:
     """Return this process's engine for event loops, as fronts use it."""
+    from sqlalchemy.ext.asyncio import create_async_engine  # noqa: PLC0415 - only fronts need it
+
     if autocommit not in _async_engines:
         _async_engines[autocommit] = create_async_engine(
             url(),

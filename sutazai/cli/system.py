@@ -2,59 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
-import httpx
 import typer
-from rich.status import Status
 
-from sutazai.agent import Agent
-from sutazai.cli.output import cell, console, errors, fail, table
-from sutazai.embedded import (
-    Program,
-    Supervisor,
-    port_holder,
-    prepare,
-    recover,
-    server_programs,
-    supervise,
-    wait_for_servers,
-)
-from sutazai.errors import ConfigurationError, SutazaiError, Unavailable
-from sutazai.settings import (
-    FLOWER_PORT,
-    is_given,
-    override,
-    read_env_file,
-    remember,
-    remember_home,
-    settings,
-)
+from sutazai.cli.output import cell, console, errors
+from sutazai.embedded import Supervisor
+from sutazai.errors import ConfigurationError
+from sutazai.settings import is_given, override, settings
 
-HEALTHY_WITHIN_S = 60.0
 STOPPED_WITHIN_S = 60.0
-POSTGRESQL_PORT = 10_000
-VALKEY_PORT = 10_001
 TAIL_LINES = 100
-
-
-class Health(NamedTuple):
-    """What a front said of its agent; `unreachable` when it did not answer."""
-
-    status: str
-    reasons: list[str]
-
-    @property
-    def is_up(self) -> bool:
-        """Whether the agent takes work."""
-        return self.status in ("healthy", "degraded")
 
 
 def up(
@@ -89,13 +51,14 @@ def up(
         port_offset=str(offset if port_offset is None else port_offset),
         agents=",".join([*modules, *(agent or ())]) or None,
     )
+    from sutazai.cli.startup import System
     from sutazai.tasks import load
 
     for reference, why in load().faults.items():
         errors.print(f"[red]left out:[/red] {reference}: {cell(why)}", soft_wrap=True)
     chosen = load().choose(agents)
     with errors.status("Preparing …") as progress:
-        code = _System(chosen, flower=not no_flower, detach=detach).start(progress)
+        code = System(chosen, flower=not no_flower, detach=detach).start(progress)
     raise typer.Exit(code)
 
 
@@ -162,257 +125,3 @@ def _lines(files: Sequence[Path], *, follow: bool) -> Iterator[tuple[Path, str]]
                     yield file, line.rstrip("\n")
                 offsets[file] = stream.tell()
         time.sleep(0.2)
-
-
-class _System:
-    """One `up`: what it starts, in order, and how it tells of it."""
-
-    def __init__(self, agents: Sequence[Agent], *, flower: bool, detach: bool) -> None:
-        self._agents = agents
-        self._flower = flower
-        self._detach = detach
-        self._home = settings().home
-        self._offset = settings().port_offset
-        self._embedded = not (is_given("database_url") and is_given("broker_url"))
-        if self._embedded and (is_given("database_url") or _given_redis_broker()):
-            raise ConfigurationError(
-                "SUTAZAI_DATABASE_URL and SUTAZAI_BROKER_URL: set both, or neither for "
-                "embedded servers; RabbitMQ alone may be set."
-            )
-
-    def start(self, progress: Status) -> int:
-        """Start everything, wait until it is healthy, and stay until stopped; the exit code."""
-        supervisor = Supervisor(self._home)
-        if supervisor.running():
-            raise ConfigurationError(
-                f"{self._home} is running already: `sutazai status`, `sutazai down`."
-            )
-        recover(self._home)
-        self._refuse_taken_ports()
-        began = time.monotonic()
-        programs = self._programs()
-        remember_home(self._home)
-        _import_everything()
-        progress.stop()  # its thread may hold locks, which a fork would inherit
-        child = os.fork()
-        if child == 0:
-            os.setsid()
-            if not self._detach:
-                _stop_with_parent()
-            _silence(self._home)
-            os._exit(supervise(self._home, programs, _run_forked))
-        progress.start()
-        with _forwarded_signals(child) as stopping:
-            try:
-                progress.update("Starting the stores …")
-                self._await_stores(child)
-                progress.update("Bringing the schema up to date …")
-                _migrate()
-                progress.update("Starting the agents …")
-                supervisor.start_all()
-                code = self._await_health(progress, child, stopping)
-            except SutazaiError as error:
-                code = fail(str(error), 1)
-            except BaseException:
-                _signal(child)
-                raise
-            progress.stop()
-            if code == 0 and not stopping:
-                self._show(time.monotonic() - began)
-                if self._detach:
-                    return 0
-            else:
-                _signal(child)
-            return _await_end(child, code)
-
-    def _programs(self) -> list[Program]:
-        programs: list[Program] = []
-        if self._embedded:
-            ports = POSTGRESQL_PORT + self._offset, VALKEY_PORT + self._offset
-            broker_url = settings().broker_url if is_given("broker_url") else None
-            prepare(self._home, *ports, broker_url=broker_url)
-            programs += server_programs(self._home)
-        else:
-            self._home.mkdir(mode=0o700, parents=True, exist_ok=True)
-        # So that other commands ask the right ports, and know the same agents.
-        remember(self._home, port_offset=self._offset, agents=settings().agents)
-        settings.cache_clear()
-        names = [agent.name for agent in self._agents]
-        ours: dict[str, tuple[str, ...]] = {f"worker-{name}": ("worker", name) for name in names}
-        ours |= {"front": ("api", ",".join(names)), "relay": ("relay",), "beat": ("beat",)}
-        if self._flower:
-            ours["flower"] = ("flower",)
-        programs += [Program(name=name, args=args, autostart=False) for name, args in ours.items()]
-        return programs
-
-    def _refuse_taken_ports(self) -> None:
-        """Name every port that is taken, before anything is started."""
-        bind = settings().bind
-        wanted = {
-            f"the front of {agent.name}": (settings().port(agent.name, agent.port), bind)
-            for agent in self._agents
-        }
-        if self._flower:
-            wanted["Flower"] = (FLOWER_PORT + self._offset, bind)
-        if self._embedded:
-            wanted["PostgreSQL"] = (POSTGRESQL_PORT + self._offset, "127.0.0.1")
-            wanted["Valkey"] = (VALKEY_PORT + self._offset, "127.0.0.1")
-        taken = [
-            f"port {port} ({what}) is held by {holder}"
-            for what, (port, host) in wanted.items()
-            if (holder := port_holder(port, host))
-        ]
-        if taken:
-            raise ConfigurationError(
-                "; ".join(taken) + ". Stop the holder, use `sutazai up --port-offset N`, or, for a "
-                "store, use it by SUTAZAI_DATABASE_URL and SUTAZAI_BROKER_URL."
-            )
-
-    def _await_stores(self, child: int) -> None:
-        _await_supervisor(self._home, child)
-        if self._embedded:
-            wait_for_servers(read_env_file(self._home / "env"))
-
-    def _await_health(self, progress: Status, child: int, stopping: list[int]) -> int:
-        """Wait until every agent is healthy or degraded; 1 when one is not in time."""
-        until = time.monotonic() + HEALTHY_WITHIN_S
-        self._health: dict[str, Health] = {}
-        with httpx.Client(timeout=2.5) as client:
-            while time.monotonic() < until and not stopping:
-                self._health = {agent.name: _ask(client, agent) for agent in self._agents}
-                missing = [name for name, health in self._health.items() if not health.is_up]
-                if not missing:
-                    return 0
-                if os.waitpid(child, os.WNOHANG) != (0, 0):
-                    raise Unavailable(f"The supervisor ended; see {self._home / 'log'}.")
-                progress.update(f"Waiting for {', '.join(missing)} …")
-                time.sleep(0.1)
-        if stopping:
-            return 1
-        for name, health in self._health.items():
-            if not health.is_up:
-                why = "; ".join(health.reasons) or health.status
-                log = self._home / "log" / f"worker-{name}.log"
-                errors.print(f"[red]{name}[/red] is not healthy: {cell(why)} (log: {log})")
-        return 1
-
-    def _show(self, took_s: float) -> None:
-        host = _address()
-        rows = [
-            (
-                agent.name,
-                self._health[agent.name].status,
-                f"http://{host}:{settings().port(agent.name, agent.port)}",
-                "; ".join(self._health[agent.name].reasons) or agent.summary,
-            )
-            for agent in self._agents
-        ]
-        if self._flower:
-            url = f"http://{host}:{FLOWER_PORT + self._offset}"
-            rows.append(("flower", "–", url, "The dashboard of workers and tasks."))
-        console.print(table(("AGENT", "HEALTH", "URL", ""), rows))
-        how = "`sutazai down` stops it" if self._detach else "Ctrl-C stops it"
-        errors.print(f"\nStarted in {took_s:.1f} s; logs: {self._home / 'log'}; {how}.")
-
-
-def _given_redis_broker() -> bool:
-    """Whether a Redis was given as the broker; the embedded one would be a second."""
-    return is_given("broker_url") and not (settings().broker_url or "").startswith("amqp")
-
-
-def _ask(client: httpx.Client, agent: Agent) -> Health:
-    port = settings().port(agent.name, agent.port)
-    try:
-        answer = client.get(f"http://{_address()}:{port}/health").json()
-        return Health(answer["status"], answer.get("reasons", []))
-    except (httpx.HTTPError, ValueError, KeyError):
-        return Health("unreachable", ["its front does not answer"])
-
-
-def _address() -> str:
-    """Return where this machine reaches what listens on the configured address."""
-    bind = settings().bind
-    if bind in ("0.0.0.0", "::"):  # noqa: S104 - compared only
-        return "127.0.0.1"
-    return f"[{bind}]" if ":" in bind else bind
-
-
-def _import_everything() -> None:
-    """Load what the processes need before they are forked, so that they share its memory."""
-    import flower.command  # noqa: F401
-    import uvicorn.protocols.http.httptools_impl  # noqa: F401
-
-    import sutazai.api.server
-    import sutazai.celery
-    import sutazai.relay
-    import sutazai.scheduler  # noqa: F401
-
-
-def _run_forked(arguments: list[str]) -> int:
-    from sutazai.cli import run
-
-    return run(arguments)
-
-
-def _stop_with_parent() -> None:
-    """Ask Linux to end the supervisor, and with it everything, should this command be killed."""
-    from sutazai.keeper import die_with_parent
-
-    die_with_parent(signal.SIGTERM)
-
-
-def _silence(home: Path) -> None:
-    """Send what the supervisor itself prints to its log, not into the table of URLs."""
-    folder = home / "log"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    target = os.open(folder / "supervisor.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    null = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(null, 0)
-    os.dup2(target, 1)
-    os.dup2(target, 2)
-
-
-def _migrate() -> None:
-    from sutazai.migration import migrate
-
-    migrate()
-
-
-def _await_supervisor(home: Path, child: int) -> None:
-    until = time.monotonic() + 10
-    while not Supervisor(home).running():
-        if time.monotonic() > until or os.waitpid(child, os.WNOHANG) != (0, 0):
-            raise Unavailable(f"The supervisor did not start; see {home / 'log'}.")
-        time.sleep(0.05)
-
-
-def _signal(child: int) -> None:
-    with suppress(ProcessLookupError):
-        os.kill(child, signal.SIGTERM)
-
-
-@contextmanager
-def _forwarded_signals(child: int) -> Iterator[list[int]]:
-    """Hand SIGINT and SIGTERM on to the supervisor; the list grows with each."""
-    received: list[int] = []
-
-    def forward(number: int, _: object) -> None:
-        received.append(number)
-        if len(received) == 1:
-            errors.print("\nStopping; running tasks are drained. Again: stop at once.")
-        _signal(child)
-
-    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _await_end(child: int, code: int) -> int:
-    try:
-        _, status = os.waitpid(child, 0)
-    except ChildProcessError:
-        return code or 1
-    return code or os.waitstatus_to_exitcode(status)

@@ -19,9 +19,6 @@ import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
-import psycopg
-import redis
-
 from sutazai.embedded.account import Account, server_account
 from sutazai.embedded.layout import Layout
 from sutazai.embedded.leftovers import clear
@@ -168,6 +165,8 @@ def wait_for_servers(env: Mapping[str, str], timeout_s: float = 30.0) -> None:
 
 
 def _postgresql_answers(url: str) -> bool:
+    import psycopg  # noqa: PLC0415 - every command imports this module
+
     try:
         with psycopg.connect(url, connect_timeout=2) as connection:
             connection.execute("SELECT 1")
@@ -177,6 +176,8 @@ def _postgresql_answers(url: str) -> bool:
 
 
 def _valkey_answers(url: str) -> bool:
+    import redis  # noqa: PLC0415 - every command imports this module
+
     try:
         with redis.Redis.from_url(url, socket_timeout=2, socket_connect_timeout=2) as client:
             return bool(client.ping())
