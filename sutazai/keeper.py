@@ -302,7 +302,7 @@ class Keeper(threading.Thread):
                 self._running.pop(report.claim_id, None)
                 continue
             known = self._running.get(report.claim_id)
-            if report.word is Word.BEGAN and (known is None or known.word is Word.TAKEN):
+            if report.word is Word.BEGAN and (known is None or known.word < Word.BEGAN):
                 self._claims += 1
                 self._claimed_at = report.at
             if known is not None:
@@ -367,11 +367,15 @@ class Keeper(threading.Thread):
         os.kill(os.getpid(), signal.SIGTERM)
 
     def _extend(self, now: float) -> None:
-        pairs = [(r.task_id, r.claim_id) for r in self._running.values()]
+        # A claim that is under way may be there or not: nothing can be told from its absence.
+        held = [r for r in self._running.values() if r.word is not Word.CLAIMING]
+        if not held:
+            return
+        pairs = [(running.task_id, running.claim_id) for running in held]
         with db.transaction() as connection:
             kept = {row.claim_id: row for row in connection.execute(*statements.extend(pairs))}
-        for claim_id, running in list(self._running.items()):
-            row = kept.get(claim_id)
+        for running in held:
+            row = kept.get(running.claim_id)
             if row is None and not running.missed:
                 # It may just have ended, its report still under way: the next round decides.
                 running.missed = True
@@ -419,7 +423,7 @@ class Keeper(threading.Thread):
             if running.claim_id not in self._running:
                 continue
             if running.word is not Word.BEGAN:
-                self._put_back(running, Outcome.LOST)  # it was another task that ran
+                self._put_back(running, Outcome.LOST)  # it was not this task that ran
                 continue
             with db.transaction() as connection:
                 lost = statements.running_claim(running.task_id, running.claim_id)

@@ -17,16 +17,19 @@ from uuid import UUID
 class Word(IntEnum):
     """What is told of an attempt."""
 
-    TAKEN = 0
+    CLAIMING = 0
+    """It is about to be claimed: should the process die, its claim may be there or not."""
+
+    TAKEN = 1
     """Claimed together with others, and waits for its turn."""
 
-    BEGAN = 1
+    BEGAN = 2
     """It runs."""
 
-    DONE = 2
+    DONE = 3
     """It has ended, and its outcome is to be recorded."""
 
-    GONE = 3
+    GONE = 4
     """The process has nothing more to do with it."""
 
 

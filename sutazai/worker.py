@@ -351,11 +351,12 @@ def perform(site: Site, action: Action[Any, Any], task_id: UUID) -> str:
     if action.agent != site.identity.agent:
         raise NotClaimed  # a message that lay on the wrong queue
     claim_id = uuid4()
-    row = _claim(site, action, task_id, claim_id)
-    # The time that a task waits to be alone is not its own.
-    limit_s = math.inf if row.alone else row.time_limit_s
-    site.reports.tell(Word.BEGAN, (task_id, claim_id), limit_s=limit_s)
+    site.reports.tell(Word.CLAIMING, (task_id, claim_id))
     try:
+        row = _claim(site, action, task_id, claim_id)
+        # The time that a task waits to be alone is not its own.
+        limit_s = math.inf if row.alone else row.time_limit_s
+        site.reports.tell(Word.BEGAN, (task_id, claim_id), limit_s=limit_s)
         return run(site, action, claim_id, row)
     finally:
         site.reports.tell(Word.GONE, (task_id, claim_id))

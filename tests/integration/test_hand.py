@@ -103,7 +103,9 @@ def test_all_are_claimed_together_run_in_order_and_recorded_together(site: Site)
     instants = [instant for row in rows(ids) for instant in (row.started_at, row.finished_at)]
     assert instants == sorted(instants), "each has its own time, one after the other"
     assert all(attempt["outcome"] == "succeeded" for row in rows(ids) for attempt in row.attempts)
-    assert words(site) == [Word.TAKEN] * 8 + [Word.BEGAN, Word.DONE] * 8 + [Word.GONE] * 8
+    told_of = words(site)
+    assert told_of[:16] == [Word.CLAIMING] * 8 + [Word.TAKEN] * 8
+    assert told_of[16:] == [Word.BEGAN, Word.DONE] * 8 + [Word.GONE] * 8
 
 
 def test_one_that_fails_or_is_tried_again_is_no_other_ones_business(site: Site) -> None:
@@ -295,6 +297,25 @@ def test_a_process_that_dies_is_charged_to_the_task_that_ran(site: Site) -> None
     watch._take_back_crashed()
     found = db.run(text("SELECT state, crashes FROM tasks ORDER BY params"))
     assert [tuple(row) for row in found] == [("queued", 0), ("queued", 1), ("queued", 0)]
+    assert not watch._running
+
+
+def test_a_process_that_dies_between_a_claim_and_its_word_costs_no_lease(site: Site) -> None:
+    ids = accept(10, 11)
+    child = os.fork()
+    if not child:
+        claims = {task_id: new_id() for task_id in ids}
+        site.reports.tell(Word.CLAIMING, *claims.items())
+        hand._claim_all(site, work, {ids[0]: claims[ids[0]]})
+        os._exit(9)
+    os.waitpid(child, 0)
+    assert states(ids) == ["running", "queued"]
+    watch = keeper_of(site)
+    watch._take_reports()
+    watch._extend(0.0)
+    watch._take_back_crashed()
+    found = db.run(text("SELECT state, crashes, attempt FROM tasks ORDER BY params"))
+    assert [tuple(row) for row in found] == [("queued", 0, 1), ("queued", 0, 0)]
     assert not watch._running
 
 

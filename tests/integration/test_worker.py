@@ -192,9 +192,9 @@ def test_a_drain_puts_back_what_may_run_again_and_fails_what_must_not(site: Site
 def test_both_ends_of_an_attempt_are_reported(site: Site) -> None:
     run(site, double)
     reports = site.reports.read()
-    assert [report.word for report in reports] == [Word.BEGAN, Word.GONE]
-    assert reports[0].task_id == last().task_id
-    assert reports[0].limit_s == 60.0
+    assert [report.word for report in reports] == [Word.CLAIMING, Word.BEGAN, Word.GONE]
+    assert reports[1].task_id == last().task_id
+    assert reports[1].limit_s == 60.0
 
 
 def test_a_second_notice_does_nothing(site: Site) -> None:
