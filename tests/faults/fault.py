@@ -28,7 +28,7 @@ class Fault:
     """Only in the long form."""
 
     is_busy: bool
-    """It takes all the cores: never two of them side by side, which would measure each other."""
+    """It takes all the cores: injected while nothing else is, which it would slow down."""
 
     missing: Callable[[], str]
     """Says what this machine lacks for it; empty when nothing."""

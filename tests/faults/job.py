@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import multiprocessing
 import random
 import signal
@@ -40,20 +39,24 @@ def run_all(faults: Sequence[Fault], plan: Plan, jobs: int) -> Generator[Run | s
 
     Whatever ends it, every process that was started is stopped.
     """
+    busy = [fault for fault in faults if fault.is_busy]
+    # The long ones first: else everybody waits for the last one of them.
+    others = sorted((fault for fault in faults if not fault.is_busy), key=lambda it: not it.is_long)
+    yield from _run_all(busy, plan, 1)
+    yield from _run_all(others, plan, jobs)
+
+
+def _run_all(faults: Sequence[Fault], plan: Plan, jobs: int) -> Iterator[Run | str]:
     spawn = multiprocessing.get_context("spawn")
     waiting, shown = spawn.Queue(), spawn.Queue()
-    busy = [fault.name for fault in faults if fault.is_busy]
-    # The long ones first: else everybody waits for the last one of them.
-    for fault in sorted(faults, key=lambda fault: not fault.is_long):
-        if not fault.is_busy:
-            waiting.put(fault.name)
+    for fault in faults:
+        waiting.put(fault.name)
     workers = []
     try:
         for _ in range(min(jobs, len(faults))):
             waiting.put(None)
-            workers.append(spawn.Process(target=_work, args=(plan, busy, waiting, shown)))
+            workers.append(spawn.Process(target=_work, args=(plan, waiting, shown)))
             workers[-1].start()
-            busy = []
         yield from _listen(workers, shown)
     finally:
         for worker in workers:
@@ -72,14 +75,14 @@ def _listen(workers: Sequence[SpawnProcess], shown: Any) -> Iterator[Run | str]:
                 return
 
 
-def _work(plan: Plan, own: Sequence[str], waiting: Any, shown: Any) -> None:
+def _work(plan: Plan, waiting: Any, shown: Any) -> None:
     # Ctrl-C reaches every process of the terminal; the first one tells the others, once.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _interrupt)
     known = {fault.name: fault for fault in FAULTS}
     places = Places()
     try:
-        for name in itertools.chain(own, iter(waiting.get, None)):
+        while (name := waiting.get()) is not None:
             shown.put(_inject(places, known[name], plan, shown.put))
     except KeyboardInterrupt:
         pass
