@@ -162,7 +162,7 @@ def _follow(connection: Connection, held: Claim, left: Row[Any] | None) -> list[
 def claim(
     connection: Connection, task_id: UUID, limits: KeyLimits, **claimant: Any
 ) -> Row[Any] | None:
-    """Claim a task that `statements.claim` did not, because its key limits how many run at once.
+    """Claim a task that `statements.claim` did not, most often because of its concurrency key.
 
     The key's row is locked first: without it, two workers that count at the same time would both
     find room. No row: held until the key has room, put off, or nothing to claim at all.
@@ -174,7 +174,8 @@ def claim(
         connection.execute(statements.put_off(task_id))
         return None
     if not found.concurrency_key:
-        return None
+        # A suspect that has ended since may have been all that kept it: its notice comes but once.
+        return connection.execute(*statements.claim(task_id, **claimant)).first()
     key = (found.agent, found.concurrency_key)
     lock = statements.lock_key(*key, limits.slots, limits.rate_per_s)
     is_open = connection.execute(lock).scalar_one()

@@ -271,6 +271,22 @@ def test_a_suspect_that_waits_to_be_alone_keeps_no_charge_from_what_runs(
     ]
 
 
+def test_what_a_suspect_kept_from_being_claimed_waits_for_no_second_notice() -> None:
+    worker_id, limits = new_id(), lifecycle.KeyLimits(1, None)
+    suspect, behind = accept(), accept()
+    db.run(update(tasks).where(tasks.c.task_id == suspect).values(alone=True))
+    claim_id, _ = claim(suspect, worker_id)
+    assert claim(behind, worker_id) is None
+    claimant = {"agent": "tester", "action": "work", "worker": "tester@here", "host": "here"}
+    claimant |= {"worker_id": worker_id, "claim_id": uuid4()}
+    with db.transaction() as connection:
+        assert lifecycle.claim(connection, behind, limits, **claimant) is None
+    assert finish(suspect, claim_id)  # after the one statement, and before the other
+    with db.transaction() as connection:
+        assert lifecycle.claim(connection, behind, limits, **claimant)
+    assert read(behind).state == "running"
+
+
 def test_what_must_not_run_twice_is_failed() -> None:
     task_id = accept(once)
     claim(task_id, action="once")
