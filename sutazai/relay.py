@@ -37,8 +37,11 @@ STEADY_S = 10.0
 SLOW_S = 3.0
 """A transaction that takes longer is an outage too: nobody could extend a lease meanwhile."""
 
-PACE_S = 2.0
-"""How long a queue's pace is measured; heartbeats tell as often what workers have begun."""
+PACE_S = 0.5
+"""A queue's pace is measured over so long at least, from one word of its workers to another."""
+
+STANDSTILL_S = 4.0
+"""A queue with something to do is taken for idle when its workers begin nothing for so long."""
 
 CHUNK = 1000
 PRUNE_CHUNKS = 60
@@ -180,18 +183,20 @@ class Relay:
         return len(notices)
 
     def _measure(self, agent: Row[tuple[str, int, int]]) -> None:
-        """Learn the pace of a queue, every 2 s while it has something to do.
+        """Learn the pace of a queue while it has something to do.
 
         What was learnt holds while it has nothing to do: the next backlog is likely to be alike.
+        Workers tell of their claims with each heartbeat, and quick ones more often.
         """
         now = time.monotonic()
         name = agent.agent
         if name not in self._paces:
             self._tell_pace(name, pace(0.0, agent.slots))
         then, claims = self._claims.setdefault(name, (now, agent.claims))
-        if now - then >= PACE_S:
+        passed_s = now - then
+        if passed_s >= (PACE_S if agent.claims != claims else STANDSTILL_S):
             self._claims[name] = (now, agent.claims)
-            drained_per_s = max(0, agent.claims - claims) / (now - then)
+            drained_per_s = max(0, agent.claims - claims) / passed_s
             is_behind = self._paces[name].is_behind
             self._tell_pace(name, pace(drained_per_s, agent.slots, is_behind=is_behind))
 

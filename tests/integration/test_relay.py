@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -98,6 +99,34 @@ def test_the_pace_follows_the_speed(
     found = pace(drained_per_s, slots, is_behind=True)
     assert found == (window, together, True)
     assert type(found).read(str(found)) == found
+
+
+def test_the_pace_is_learnt_from_what_workers_say_as_soon_as_they_say_it(
+    bell: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Clock:
+        now = 100.0
+
+        def monotonic(self) -> float:
+            return self.now
+
+    clock, relay = Clock(), Relay(bell)
+    monkeypatch.setattr("sutazai.relay.time", clock)
+
+    def learnt(after_s: float, claims: int) -> tuple[int, int]:
+        clock.now += after_s
+        row: Any = SimpleNamespace(agent=AGENT, slots=2, claims=claims)
+        relay._measure(row)
+        return relay._paces[AGENT].window, relay._paces[AGENT].together
+
+    assert learnt(0.0, 1000) == (WINDOW_MIN, 1)
+    assert learnt(0.3, 1150) == (WINDOW_MIN, 1), "too short a time to judge by"
+    assert learnt(0.3, 1240) == (800, TOGETHER_MAX), "400 a second"
+    assert learnt(1.5, 1240) == (800, TOGETHER_MAX), "the next heartbeat is not due yet"
+    assert learnt(0.5, 1300) == (WINDOW_MIN, 1), "30 a second"
+    assert learnt(1.0, 1700) == (800, TOGETHER_MAX)
+    assert learnt(3.9, 1700) == (800, TOGETHER_MAX)
+    assert learnt(0.2, 1700) == (WINDOW_MIN, 1), "a standstill"
 
 
 def test_a_queue_that_is_drained_quickly_is_told_of_several_tasks_by_one_message(bell: Any) -> None:

@@ -15,7 +15,7 @@ from sutazai import admission, db, lifecycle, statements, worker
 from sutazai.agent import Agent, Context, Delegation, NoParams
 from sutazai.bell import Notice
 from sutazai.errors import InvalidInput, LeaseLost, TaskCancelled, TaskFailed, Unavailable
-from sutazai.keeper import STUCK_S, Identity, Keeper
+from sutazai.keeper import QUICK_CLAIMS, STUCK_S, Identity, Keeper
 from sutazai.models import new_id, queues, tasks, workers
 from sutazai.reports import Reports, Word
 from sutazai.state import State
@@ -342,6 +342,23 @@ def test_the_keeper_keeps_a_heartbeat_and_says_when_the_worker_stops(site: Site)
     assert (row().name, row().slots, row().pid) == ("tester@here", 2, site.identity.pid)
     keeper.stop()
     assert row().stopped_at is not None
+
+
+def test_many_claims_are_told_before_the_next_heartbeat(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sutazai.keeper.HEARTBEAT_S", 3600.0)
+    keeper = keeper_of(site)
+    keeper.start()
+    try:
+        _wait_for(lambda: db.run(workers.select()))
+        for _ in range(QUICK_CLAIMS):
+            claim = (new_id(), new_id())
+            site.reports.tell(Word.BEGAN, claim, limit_s=60)
+            site.reports.tell(Word.GONE, claim)
+        _wait_for(lambda: db.run(workers.select())[0].claims == QUICK_CLAIMS)
+    finally:
+        keeper.stop()
 
 
 @pytest.mark.parametrize(
