@@ -146,7 +146,7 @@ def test_an_outage_while_a_suspect_waits_to_be_alone_is_waited_out(answer_lost: 
     place = site()
     worker.perform(place, work, task_id)
     assert row(task_id).state == "succeeded"
-    assert told(place) == [Word.BEGAN, Word.BEGAN, Word.GONE]
+    assert told(place) == [Word.CLAIMING, Word.BEGAN, Word.BEGAN, Word.GONE]
 
 
 def test_an_outage_that_outlasts_a_suspect_leaves_no_report_open(
@@ -159,7 +159,7 @@ def test_an_outage_that_outlasts_a_suspect_leaves_no_report_open(
     place = site()
     with pytest.raises(worker.Unrecorded):
         worker.perform(place, work, task_id)
-    assert told(place) == [Word.BEGAN, Word.GONE]
+    assert told(place) == [Word.CLAIMING, Word.BEGAN, Word.GONE]
 
 
 def test_what_was_rung_before_an_outage_is_rung_again_after_it() -> None:
