@@ -18,7 +18,7 @@ CLIENTS = 4
 PAUSE_S = 0.25
 """Between two tasks of one client, on average."""
 
-SECONDS = (*[0.0] * 8, 0.02, 0.2)
+SECONDS = (*[0.0] * 18, 0.02, 0.2)
 """What tasks take, by chance: far less than the slots can do, so that backlogs are worked off."""
 
 GIVE_UP_S = 90.0

@@ -1,18 +1,15 @@
-"""The report of a long run: docs/faults.md."""
+"""The report of what long runs have shown: docs/faults.md."""
 
 from __future__ import annotations
 
-import os
-import platform
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
-from importlib.metadata import version
 
 from tests.faults.load import CLIENTS, PAUSE_S
-from tests.faults.run import Run
+from tests.faults.record import Entry
 
 _COLUMNS = (
     "fault",
+    "on",
     "injections",
     "seconds of load",
     "accepted",
@@ -25,25 +22,23 @@ _COLUMNS = (
 )
 
 
-def report(
-    runs: Sequence[Run], left_out: Mapping[str, str], *, arguments: str, seed: int, took_s: float
-) -> str:
+def report(entries: Mapping[str, Entry], catalogue: Sequence[str], place: str) -> str:
     """Return the report.
 
-    left_out: faults that could not be injected, and why. arguments: those of the command.
+    catalogue: the names of all faults, in order. place: on what it was written.
     """
-    injections = sum(len(done.ended_at) for done in runs)
-    accepted = sum(done.verdict.accepted for done in runs if done.verdict)
-    bad = [done for done in runs if not done.is_good]
+    rows = [entries[name] for name in catalogue if name in entries]
+    missing = [name for name in catalogue if name not in entries]
+    bad = [row for row in rows if row.problems]
+    injections = sum(row.injections for row in rows)
+    accepted = sum(row.accepted for row in rows)
     lines = [
         "# What was done to it, and what it lost",
         "",
-        f'`make fault ARGS="{arguments}"` on {datetime.now(UTC):%Y-%m-%d}, seed {seed}: '
-        f"{injections} injections of {len(runs)} faults into running systems of real processes, "
-        f"{accepted} tasks accepted, {took_s / 60:.0f} minutes; "
-        f"{f'{len(bad)} of the faults broke a promise' if bad else 'every promise was kept'}. "
-        f"Python {platform.python_version()}, Celery {version('celery')}, {os.cpu_count()} cores, "
-        "PostgreSQL and Valkey from the wheels.",
+        f"{injections} injections of {len(rows)} faults into running systems of real processes by "
+        f"`make fault`, {accepted} tasks accepted; "
+        f"{f'{len(bad)} of the faults broke a promise' if bad else 'every promise was kept'}. Each "
+        f"fault stands with the day of its latest run. {place}",
         "",
         "Each fault has one load, into which it is injected at random moments, each time when the "
         f"system is whole again. The load is {CLIENTS} clients that each hand over a task about "
@@ -56,37 +51,37 @@ def report(
         "once. *failed*: ended otherwise than by success though nothing was wrong with the task. "
         "*5xx*: answers without a task id that are not the documented 503. *recovery*: of each "
         "injection, from the end of the fault until the last task that was accepted before it had "
-        "ended.",
+        "ended; after a fault of a minute that includes the work of that minute.",
         "",
         f"| {' | '.join(_COLUMNS)} |",
         f"|{'---|' * len(_COLUMNS)}",
-        *map(_row, runs),
+        *map(_row, rows),
         "",
     ]
     notes: dict[str, float] = {}
-    for done in runs:
-        for note, value in done.notes.items():
+    for row in rows:
+        for note, value in row.notes.items():
             notes[note] = max(value, notes.get(note, 0.0))
     lines += [f"* {note}: at most {value:.2f} s" for note, value in sorted(notes.items())]
-    lines += [f"* Not injected: {name}; missing: {why}" for name, why in left_out.items()]
-    for done in bad:
-        why = [*done.errors, *done.unexplained[:3]] or [str(done.verdict)]
-        lines += [f"* **{done.fault}**, seed {done.seed}: {'; '.join(why)}"]
+    if missing:
+        lines += [f"* Not injected at this length yet: {'; '.join(missing)}."]
+    for row in bad:
+        lines += [f"* **{row.fault}**, seed {row.seed}: {'; '.join(row.problems)}"]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _row(done: Run) -> str:
-    found = done.verdict
-    counts: list[object] = ["–"] * 5
-    if found:
-        counts = [found.accepted, found.lost, found.doubled, found.failed, found.unexplained]
-    median_s, longest_s = done.recovery_s
-    cells = [
-        done.fault if done.is_good else f"**{done.fault}: bad**",
-        len(done.ended_at),
-        f"{done.load_s:.0f}",
-        *counts,
-        f"{median_s:.1f}",
-        f"{longest_s:.1f}",
-    ]
+def _row(row: Entry) -> str:
+    cells = (
+        f"**{row.fault}: bad**" if row.problems else row.fault,
+        row.on,
+        row.injections,
+        f"{row.load_s:.0f}",
+        row.accepted,
+        row.lost,
+        row.doubled,
+        row.failed,
+        row.unexplained,
+        f"{row.recovery_median_s:.1f}",
+        f"{row.recovery_longest_s:.1f}",
+    )
     return f"| {' | '.join(map(str, cells))} |"

@@ -18,6 +18,9 @@ WHOLE_WITHIN_S = 60.0
 RECOVER_WITHIN_S = 180.0
 """Longer than what was accepted needs alone: meanwhile more comes in."""
 
+_OLD = "created_at < now() - interval '5 seconds'"
+"""Else the backlogs of faults that last long would add up."""
+
 AFTER_S = 0.5
 """So much longer than its last fault a load lasts at least."""
 
@@ -120,6 +123,8 @@ def _note_recovery(place: Place, done: Run, tell: Callable[[str], None]) -> None
         RECOVER_WITHIN_S,
         "all tasks accepted before the end of the fault have ended",
     )
+    backlog = f"SELECT count(*) FROM tasks WHERE {_OLD} AND finished_at IS NULL"
+    until(lambda: place.value(backlog) == 0, RECOVER_WITHIN_S, "what came meanwhile is worked off")
     until(place.is_whole, WHOLE_WITHIN_S, "the system is healthy after the fault")
     ticks = f"SELECT count(*) FROM tasks WHERE scheduled_by = '{AGENT}.tick' AND tick_at > %s"
     until(lambda: place.value(ticks, ended_at) > 0, WHOLE_WITHIN_S, "Beat ticks again")
