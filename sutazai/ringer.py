@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import math
 import queue
 import threading
 import time
@@ -44,6 +45,12 @@ Most likely the broker has restarted since; a notice too many does no harm.
 SILENT_S = 0.5
 """So long a broker that did not answer is not asked again."""
 
+OUTDATED_S = 1.0
+"""So old a measured depth may be while there is room and little is rung."""
+
+SOON_S = 0.1
+"""So old it may be otherwise."""
+
 _MEASURE, _CLOSE = "measure", "close"
 """What the thread is told beside notices."""
 
@@ -63,6 +70,7 @@ class CeleryBell:
         self._depths: dict[str, dict[int, int]] = {}
         self._paces: dict[str, Pace] = {}
         self._measured_at: dict[str, float] = {}
+        self._rung_since: dict[str, int] = {}
         self._in_hand = 0
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
@@ -73,11 +81,18 @@ class CeleryBell:
 
     def room(self, agent: str, priority: int) -> bool:
         """Whether one more notice may be published; see `Bell.room`."""
-        levels = self._depths.get(agent)
-        if time.monotonic() - self._measured_at.get(agent, 0.0) > 1.0 and agent not in self._asked:
+        has_room = self._has_room(agent, priority)
+        # What was rung since may have been claimed long ago.
+        is_quiet = has_room and self._rung_since.get(agent, 0) < WINDOW_MIN // 4
+        age_s = time.monotonic() - self._measured_at.get(agent, -math.inf)
+        if age_s > (OUTDATED_S if is_quiet else SOON_S) and agent not in self._asked:
             self._asked.add(agent)
             self._start()
             self._waiting.put(_MEASURE)
+        return has_room
+
+    def _has_room(self, agent: str, priority: int) -> bool:
+        levels = self._depths.get(agent)
         if levels is None:
             return self._in_hand < WINDOW_MIN
         if not levels.get(priority, 0) and self._in_hand < WINDOW_MAX:
@@ -139,6 +154,7 @@ class CeleryBell:
             levels = self._depths.get(notice.agent)
             if levels is not None:
                 levels[notice.priority] = levels.get(notice.priority, 0) + 1
+            self._rung_since[notice.agent] = self._rung_since.get(notice.agent, 0) + 1
             self._in_hand += 1
             self._waiting.put(notice)
 
@@ -221,6 +237,7 @@ class CeleryBell:
         paces = redis.attempt(lambda client: client.hgetall(PACES_KEY)) or {}
         self._paces.update((str(agent), Pace.read(str(text))) for agent, text in paces.items())
         self._measured_at.update(dict.fromkeys(wanted, time.monotonic()))
+        self._rung_since.update(dict.fromkeys(wanted, 0))
         self._asked.difference_update(wanted)
 
     def _producer(self) -> Any:

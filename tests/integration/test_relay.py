@@ -15,7 +15,7 @@ from kombu import Connection
 from sqlalchemy import func, select, text, update
 
 from sutazai import admission, db, redis, statements
-from sutazai.bell import TOGETHER_MAX, WINDOW_MAX, WINDOW_MIN, Pace, pace
+from sutazai.bell import TOGETHER_MAX, WINDOW_MAX, WINDOW_MIN, Notice, Pace, pace
 from sutazai.errors import DatabaseBusy
 from sutazai.keeper import LIMIT_GRACE_S, Identity
 from sutazai.models import new_id, services, tasks, workers
@@ -81,6 +81,20 @@ def test_the_queue_holds_no_more_than_its_window(bell: Any) -> None:
     while bell.room(AGENT, 5):  # the first answer is a guess; within a second it is measured
         assert not asked.wait(0.05)
     assert bell.room(AGENT, 9)
+
+
+def test_a_window_that_was_filled_and_emptied_is_open_again_at_once(
+    bell: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sutazai.ringer.OUTDATED_S", 3600.0)
+    bell.room(AGENT, 5)
+    until(lambda: bell._depths)
+    accept(WINDOW_MIN)
+    bell.ring([Notice(*row) for row in db.run(statements.ring_unrung(AGENT, WINDOW_MIN))])
+    assert not bell.room(AGENT, 5)
+    until(lambda: depth(bell) == WINDOW_MIN)
+    redis.attempt(lambda client: client.flushall())
+    until(lambda: bell.room(AGENT, 5))
 
 
 @pytest.mark.parametrize(
