@@ -82,8 +82,9 @@ class CeleryBell:
     def room(self, agent: str, priority: int) -> bool:
         """Whether one more notice may be published; see `Bell.room`."""
         has_room = self._has_room(agent, priority)
-        # What was rung since may have been claimed long ago.
+        # What was rung since may have been claimed long ago; of a backlog the relay takes care.
         is_quiet = has_room and self._rung_since.get(agent, 0) < WINDOW_MIN // 4
+        is_quiet = is_quiet or self._pace(agent).is_behind
         age_s = time.monotonic() - self._measured_at.get(agent, -math.inf)
         if age_s > (OUTDATED_S if is_quiet else SOON_S) and agent not in self._asked:
             self._asked.add(agent)
