@@ -105,6 +105,15 @@ def pace(drained_per_s: float, slots: int, *, is_behind: bool = False) -> Pace:
     return Pace(int(size), int(together), is_behind)
 
 
+def above(levels: Mapping[int, int]) -> range:
+    """Return the priorities that are more urgent than all that lies on a queue.
+
+    Only these may be rung beyond the window: what is less urgent would be taken as soon as the
+    queue is empty for a moment, before what still waits in PostgreSQL.
+    """
+    return range(max((level for level, count in levels.items() if count), default=-1) + 1, 10)
+
+
 def bundled(notices: Sequence[Notice], most: Callable[[str], int]) -> Iterator[list[Notice]]:
     """Put neighbours of one action and priority into one message; most: how many, of an agent."""
     bundle: list[Notice] = []

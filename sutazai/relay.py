@@ -16,7 +16,7 @@ from uuid import uuid4
 
 from sutazai import db, lifecycle, log, redis, statements
 from sutazai.agent import RETENTION
-from sutazai.bell import PACES_KEY, Bell, Notice, Pace, pace
+from sutazai.bell import PACES_KEY, Bell, Notice, Pace, above, pace
 from sutazai.callbacks import Courier
 from sutazai.errors import DatabaseBusy, DatabaseUnavailable
 from sutazai.settings import settings
@@ -172,8 +172,8 @@ class Relay:
                 share = room if not out else -(-room // 4)
                 rows += connection.execute(statements.ring_overdue(name, share, empty=empty))
                 rows += connection.execute(statements.ring_unrung(name, room - len(rows)))
-            elif empty:
-                rows += connection.execute(statements.ring_unrung(name, 2 * agent.slots, empty))
+            elif urgent := above(levels):
+                rows += connection.execute(statements.ring_unrung(name, 2 * agent.slots, urgent))
         is_behind = len(rows) >= room if room else self._paces[name].is_behind
         if is_behind != self._paces[name].is_behind:
             self._tell_pace(name, self._paces[name]._replace(is_behind=is_behind))

@@ -24,6 +24,7 @@ from sutazai.bell import (
     WINDOW_MIN,
     Notice,
     Pace,
+    above,
     bundled,
 )
 from sutazai.broker import broker_of, direct_name
@@ -96,10 +97,10 @@ class CeleryBell:
         levels = self._depths.get(agent)
         if levels is None:
             return self._in_hand < WINDOW_MIN
-        if not levels.get(priority, 0) and self._in_hand < WINDOW_MAX:
+        pace, out = self._pace(agent), sum(levels.values())
+        if out and priority in above(levels) and self._in_hand < WINDOW_MAX:
             return True
-        pace = self._pace(agent)
-        return not pace.is_behind and sum(levels.values()) < pace.window
+        return not pace.is_behind and out < pace.window
 
     def depth(self, agent: str) -> int | None:
         """How many messages lie on the queue; see `Bell.depth`."""

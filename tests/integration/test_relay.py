@@ -160,9 +160,10 @@ def test_what_is_more_urgent_is_rung_although_the_window_is_full(bell: Any) -> N
     assert relay.round() == WINDOW_MIN
     assert depth(bell) == WINDOW_MIN
     accept(20, priority=9)
-    assert relay.round() == 4, "two a slot, of the level that is empty"
+    accept(20, priority=2)
+    assert relay.round() == 4, "two a slot, of the level that is empty and more urgent"
     assert depth(bell) == WINDOW_MIN + 4
-    assert relay.round() == 0
+    assert relay.round() == 0, "what is less urgent would be taken before those that wait"
 
 
 def test_notices_rung_in_vain_keep_no_new_ones_out(bell: Any) -> None:
