@@ -1597,12 +1597,17 @@ _TASK = """
 _ONE_TASK = text(f"{_TASK} WHERE task_id = :task_id")
 
 
-def result(task_id: UUID) -> Ready:
-    """Return how a task stands, without the rest of its row, for a client that waited."""
-    return Ready(_RESULT, {"task_id": task_id})
+def result(*task_ids: UUID) -> Ready:
+    """Return how tasks stand, without the rest of their rows, for clients that waited."""
+    return Ready(_RESULT, {"task_ids": list(task_ids)})
 
 
-_RESULT = text("SELECT task_id, action, state, result, error FROM tasks WHERE task_id = :task_id")
+_RESULT = text(
+    """
+    SELECT task_id, action, state, result, error FROM tasks
+    WHERE task_id = ANY(CAST(:task_ids AS uuid[]))
+    """
+)
 
 
 def task(task_id: UUID) -> TextClause:

@@ -31,6 +31,7 @@ from sutazai.api.front import Front
 from sutazai.api.group import Group
 from sutazai.api.health import Health
 from sutazai.api.middleware import Entrance
+from sutazai.api.outcomes import Outcomes
 from sutazai.api.position import Positions
 from sutazai.api.sample import SAMPLER, Sample
 from sutazai.api.waiting import Waiting
@@ -103,6 +104,7 @@ def create_app(
         health=Health(agent, bell),
         sample=Sample() if agent.name == SAMPLER else None,
         group=Group(),
+        outcomes=Outcomes(),
     )
     app.add_middleware(Entrance, metrics=metrics, agent=agent.name)
     app.add_exception_handler(SutazaiError, _refuse)

@@ -10,6 +10,7 @@ from starlette.requests import Request
 from sutazai.agent import Agent
 from sutazai.api.group import Group
 from sutazai.api.health import Health
+from sutazai.api.outcomes import Outcomes
 from sutazai.api.position import Positions
 from sutazai.api.sample import Sample
 from sutazai.api.waiting import Waiting
@@ -30,6 +31,7 @@ class Front:
     health: Health
     sample: Sample | None
     group: Group
+    outcomes: Outcomes
 
 
 def front_of(request: Request) -> Front:

@@ -6,11 +6,11 @@ While the writer is busy, rows wait for each other; a row that comes alone waits
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from typing import NamedTuple
 
 from sutazai import statements
 from sutazai.api import store
+from sutazai.api.together import Together
 from sutazai.errors import DatabaseUnavailable
 from sutazai.submission import Submission
 
@@ -28,8 +28,7 @@ class Group:
     """The rows that one front inserts, several with one statement when they come together."""
 
     def __init__(self) -> None:
-        self._waiting: deque[_Waiting] = deque()
-        self._writer: asyncio.Task[None] | None = None
+        self._together = Together(self._write, MOST)
 
     async def insert(self, submission: Submission, *, rung: bool) -> bool:
         """Insert a task's row, committed; False: there is a reason why not, or it is there already.
@@ -38,20 +37,16 @@ class Group:
         when that takes too long, and then it may be there or not.
         """
         inserted = asyncio.get_running_loop().create_future()
-        self._waiting.append(_Waiting(submission, rung, inserted))
-        if self._writer is None or self._writer.done():
-            self._writer = asyncio.create_task(self._write())
+        self._together.add(_Waiting(submission, rung, inserted))
         try:
             return await asyncio.wait_for(inserted, store.WITHIN_S)
         except TimeoutError:
             raise DatabaseUnavailable("PostgreSQL did not answer in time; try again.") from None
 
-    async def _write(self) -> None:
-        while self._waiting:
-            taken = [self._waiting.popleft() for _ in range(min(MOST, len(self._waiting)))]
-            # Those who gave up waiting have been told that nothing was accepted.
-            if rows := [row for row in taken if not row.inserted.done()]:
-                await self._insert(rows)
+    async def _write(self, taken: list[_Waiting]) -> None:
+        # Those who gave up waiting have been told that nothing was accepted.
+        if rows := [row for row in taken if not row.inserted.done()]:
+            await self._insert(rows)
 
     async def _insert(self, rows: list[_Waiting]) -> None:
         if len(rows) == 1:

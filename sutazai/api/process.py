@@ -9,8 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from sutazai import errors, payload, statements
-from sutazai.api import store
+from sutazai import errors, payload
 from sutazai.api.acceptance import accept, answer_accepted, read_key, replayed
 from sutazai.api.answer import error_answer, json_answer
 from sutazai.api.body import parse_query, read_object, require_text
@@ -90,10 +89,10 @@ async def _wait(front: Front, submission: Submission, preference: Preference) ->
             await waiting.until(ended, preference.wait_s)
     if not accepted.fresh:
         with waiting.watch(accepted.task_id) as ended:
-            if not await _has_ended(accepted.task_id):
+            if not await _has_ended(front, accepted.task_id):
                 await waiting.until(ended, preference.wait_s)
     try:
-        row = await store.first(statements.result(accepted.task_id))
+        row = await front.outcomes.of(accepted.task_id)
     except DatabaseUnavailable:
         # It was accepted: an error without its id would make the client send it again.
         row = None
@@ -104,9 +103,9 @@ async def _wait(front: Front, submission: Submission, preference: Preference) ->
     return _outcome(row, headers)
 
 
-async def _has_ended(task_id: UUID) -> bool:
+async def _has_ended(front: Front, task_id: UUID) -> bool:
     try:
-        row = await store.first(statements.result(task_id))
+        row = await front.outcomes.of(task_id)
     except DatabaseUnavailable:
         return False
     return row is not None and State(row.state).is_terminal

@@ -1,4 +1,4 @@
-"""Rows that are inserted together, on a real PostgreSQL."""
+"""Rows that are inserted or read together, on a real PostgreSQL."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 
-from sutazai import db, statements
+from sutazai import admission, db, statements
 from sutazai.agent import Agent, Context, NoParams
-from sutazai.api import store
+from sutazai.api import outcomes, store
 from sutazai.api.group import MOST, Group
+from sutazai.api.outcomes import Outcomes
 from sutazai.errors import DatabaseUnavailable
+from sutazai.models import new_id
 from sutazai.submission import Options, Submission
 
 pytestmark = pytest.mark.usefixtures("database")
@@ -86,13 +88,56 @@ def test_who_has_given_up_waiting_is_not_inserted_later(monkeypatch: pytest.Monk
         with db.transaction() as connection:
             connection.execute(text("LOCK TABLE tasks IN ACCESS EXCLUSIVE MODE"))
             inserts = [asyncio.create_task(insert(group, [submission()]))]
-            while group._writer is None or group._waiting:  # noqa: ASYNC110 - a few turns of the loop
+            while group._together._task is None or group._together._waiting:  # noqa: ASYNC110 - a few turns of the loop
                 await asyncio.sleep(0)
             inserts += [asyncio.create_task(insert(group, [submission()])) for _ in range(5)]
             found = [each for [each] in await asyncio.gather(*inserts)]
-        assert group._writer
-        await group._writer
+        await group._together.join()
         assert all(isinstance(each, DatabaseUnavailable) for each in found)
         assert scalar("SELECT count(*) FROM tasks") <= 1
 
     run(wait_behind_a_lock())
+
+
+def test_all_who_are_woken_together_get_their_outcomes(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = [submission() for _ in range(30 * outcomes.MOST)]
+    with db.transaction() as connection:
+        admission.accept_many(connection, wanted, limit=None)
+    queries, rows = [], store.rows
+
+    async def counted(statement: Any, **options: Any) -> Any:
+        queries.append(statement)
+        return await rows(statement, **options)
+
+    monkeypatch.setattr(store, "rows", counted)
+
+    async def read() -> list[Any]:
+        reading = Outcomes()
+        ids = [each.task_id for each in wanted]
+        return await asyncio.gather(*map(reading.of, [*ids, new_id()]))
+
+    *found, nothing = run(read())
+    assert [row.task_id for row in found] == [each.task_id for each in wanted]
+    assert nothing is None
+    assert len(queries) <= 30 + 2
+
+
+def test_those_who_wait_to_read_hear_at_once_that_postgresql_is_away(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = 0
+
+    async def away(statement: Any) -> Any:
+        nonlocal asked
+        asked += 1
+        raise DatabaseUnavailable
+
+    monkeypatch.setattr(store, "rows", away)
+
+    async def read() -> list[Any]:
+        reading = Outcomes()
+        ids = [new_id() for _ in range(5 * outcomes.MOST)]
+        return await asyncio.gather(*map(reading.of, ids), return_exceptions=True)
+
+    assert {type(each) for each in run(read())} == {DatabaseUnavailable}
+    assert asked == 1
