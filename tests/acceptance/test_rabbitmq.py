@@ -251,6 +251,6 @@ def test_kill_9_of_a_worker_and_its_pool_under_load_loses_nothing(place: Place) 
 def _survive(place: Place, inject: Inject) -> None:
     seed = random.SystemRandom().randrange(1_000_000)
     print(f"seed {seed}")  # noqa: T201 - to be replayed
-    fault = Fault(inject.__name__, inject, Kind.PLAIN, is_long=False, missing=str)
+    fault = Fault(inject.__name__, inject, Kind.PLAIN)
     done = run(place, fault, seed, runs=1, seconds=0.5)
     assert done.is_good, str(done)

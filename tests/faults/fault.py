@@ -24,13 +24,13 @@ class Fault:
     kind: Kind
     """The place that it needs."""
 
-    is_long: bool
+    is_long: bool = False
     """Only in the long form."""
 
-    is_busy: bool
+    is_busy: bool = False
     """It takes all the cores: injected while nothing else is, which it would slow down."""
 
-    missing: Callable[[], str]
+    missing: Callable[[], str] = _nothing
     """Says what this machine lacks for it; empty when nothing."""
 
 
