@@ -234,8 +234,10 @@ class CheckedRequest(watchers.HandRequest):
     def on_failure(self, exc_info: Any, *args: Any, **options: Any) -> Any:
         """Do as Celery; what a dead process had not claimed yet is rung again at once."""
         keeper: Keeper | None = _state.get("keeper")
-        if keeper is not None and isinstance(exc_info.exception, WorkerLostError):
-            with contextlib.suppress(ValueError):  # a foreign message may have any id
+        # Not the exception itself: billiard wraps it.
+        if keeper is not None and issubclass(exc_info.type, WorkerLostError):
+            # A foreign message may have anything for its id.
+            with contextlib.suppress(ValueError, TypeError, AttributeError):
                 keeper.lost_notice((UUID(self.id), *watchers.others_of(self.request_dict)))
         return super().on_failure(exc_info, *args, **options)
 

@@ -259,7 +259,6 @@ class Keeper(threading.Thread):
                     enlisted = True
                 self._end_overruns(now)
                 self._take_back_crashed()
-                self._ring_lost()
                 self._release_waiting(now)
                 if now >= beat_at or self._claims >= QUICK_CLAIMS:
                     beat_at = now + HEARTBEAT_S
@@ -272,6 +271,7 @@ class Keeper(threading.Thread):
                     self._end_drain()
                 if self._end_at and now >= self._end_at:
                     self._end_process()
+                self._ring_lost()  # last: should a row be locked, nothing else waits for it
             except DatabaseUnavailable as error:
                 _logger.warning("heartbeat delayed", reason=str(error))
                 self._stop_requested.wait(1.0)

@@ -1,4 +1,4 @@
-"""How many notices a worker holds beside those that it works on.
+"""How many notices a worker holds, those that it works on included.
 
 Celery prefetches a fixed multiple of the slots. For short tasks that saves waiting on the broker;
 with long ones a worker would sit on notices that another one, with free slots, could take at once,
@@ -35,7 +35,7 @@ class Appetite:
         self._before = self._mark = (clock(), finished())
 
     def most(self) -> int:
-        """Return the limit now; what was worked off counts for one to two times `RECENT_S`."""
+        """Return the limit now; what was worked off counts for some seconds at most."""
         now, finished = self._clock(), self._finished()
         age_s = now - self._mark[0]
         if age_s >= RECENT_S:
@@ -45,17 +45,23 @@ class Appetite:
 
 
 class Prefetch(bootsteps.StartStopStep):  # type: ignore[misc]
-    """Bounds what a consumer takes from Redis; RabbitMQ keeps to the multiplier by itself."""
+    """Bounds what a worker with a pool of processes takes from Redis.
+
+    Pools of threads and RabbitMQ keep to the multiplier.
+    """
 
     requires = ("celery.worker.consumer.tasks:Tasks",)
 
     def start(self, parent: Any) -> None:
         """Put the bound before kombu's own, on the channel of this connection."""
         qos = getattr(parent.task_consumer.channel, "qos", None)
-        if qos is None:
-            return
+        if qos is None or not parent.pool.uses_semaphore:
+            return  # a thread that is free again does not wake the loop which would take the next
         within_multiplier = qos.can_consume
-        appetite = Appetite(lambda: slots_of(parent), _finished)
+        # Celery's autoscaler sees by what is held that there is more to do.
+        appetite = Appetite(
+            lambda: parent.controller.max_concurrency or slots_of(parent), _finished
+        )
 
         def can_consume(_: Any) -> bool:
             is_hungry = len(state.reserved_requests) < appetite.most()

@@ -248,6 +248,7 @@ def test_a_process_that_dies_before_its_claim_costs_a_moment(start: Start, relay
     from sutazai.celery import bell
 
     worker = start(pools.prefork)
+    relay.round()  # the first one finds a new broker, and rings everything again
     submission = Submission(pools.prefork.get("nap"), {"seconds": 0}, Options())
     with db.transaction() as connection:
         task_id = admission.accept(connection, submission, rung=True).task_id
