@@ -86,9 +86,9 @@ def engine(*, autocommit: bool = False) -> Engine:
 
 def asynchronous(*, autocommit: bool = False) -> AsyncEngine:
     """Return this process's engine for event loops, as fronts use it."""
-    from sqlalchemy.ext.asyncio import create_async_engine  # noqa: PLC0415 - only fronts need it
-
     if autocommit not in _async_engines:
+        from sqlalchemy.ext.asyncio import create_async_engine  # noqa: PLC0415 - only for fronts
+
         _async_engines[autocommit] = create_async_engine(
             url(),
             pool_size=8,

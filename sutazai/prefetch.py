@@ -16,7 +16,7 @@ from celery import bootsteps
 from celery.worker import state
 
 RECENT_S = 1.0
-"""What a worker has finished within this time is what it may hold in advance."""
+"""So often what a worker has worked off is counted anew; it may hold as much in advance."""
 
 
 class Appetite:
@@ -32,22 +32,23 @@ class Appetite:
         self._slots = slots
         self._finished = finished
         self._clock = clock
-        self._before = self._mark = (clock(), finished())
+        self._counted_at, self._counted = clock(), finished()
+        self._base = self._counted
 
     def most(self) -> int:
         """Return the limit now; what was worked off counts for some seconds at most."""
         now, finished = self._clock(), self._finished()
-        age_s = now - self._mark[0]
+        age_s = now - self._counted_at
         if age_s >= RECENT_S:
-            self._before = self._mark if age_s < 2 * RECENT_S else (now, finished)
-            self._mark = (now, finished)
-        return max(1, self._slots()) + finished - self._before[1]
+            self._base = self._counted if age_s < 2 * RECENT_S else finished
+            self._counted_at, self._counted = now, finished
+        return max(1, self._slots()) + finished - self._base
 
 
 class Prefetch(bootsteps.StartStopStep):  # type: ignore[misc]
     """Bounds what a worker with a pool of processes takes from Redis.
 
-    Pools of threads and RabbitMQ keep to the multiplier.
+    All other pools, and RabbitMQ, keep to the multiplier.
     """
 
     requires = ("celery.worker.consumer.tasks:Tasks",)

@@ -38,7 +38,7 @@ SLOW_S = 3.0
 """A transaction that takes longer is an outage too: nobody could extend a lease meanwhile."""
 
 PACE_S = 0.5
-"""A queue's pace is measured over so long at least, from one word of its workers to another."""
+"""A queue's pace is measured over so long at least, until its workers tell of claims."""
 
 STANDSTILL_S = 4.0
 """A queue with something to do is taken for idle when its workers begin nothing for so long."""

@@ -37,7 +37,8 @@ class Control(Broadcasting):  # type: ignore[misc]
     signature="[id1 [id2 [… [idN]]]]",
 )
 def _revoke(state: Any, task_id: Any, terminate: bool = False, signal: Any = None, **_: Any) -> Any:  # noqa: ARG001, FBT
-    return {"ok": f"cancelled: {', '.join(_cancel(task_id))}"}
+    ids = ", ".join(_cancel(task_id))
+    return {"ok": f"cancelled: {ids or 'nothing, no id of a task was given'}"}
 
 
 @Panel.register(

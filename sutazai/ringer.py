@@ -47,7 +47,7 @@ SILENT_S = 0.5
 """So long a broker that did not answer is not asked again."""
 
 OUTDATED_S = 1.0
-"""So old a measured depth may be while there is room and little is rung."""
+"""So old a measured depth may be while there is room and little is rung, or a backlog waits."""
 
 SOON_S = 0.1
 """So old it may be otherwise."""
@@ -84,10 +84,10 @@ class CeleryBell:
         """Whether one more notice may be published; see `Bell.room`."""
         has_room = self._has_room(agent, priority)
         # What was rung since may have been claimed long ago; of a backlog the relay takes care.
-        is_quiet = has_room and self._rung_since.get(agent, 0) < WINDOW_MIN // 4
-        is_quiet = is_quiet or self._pace(agent).is_behind
+        is_full = not has_room or self._rung_since.get(agent, 0) >= WINDOW_MIN // 4
+        most_s = SOON_S if is_full and not self._pace(agent).is_behind else OUTDATED_S
         age_s = time.monotonic() - self._measured_at.get(agent, -math.inf)
-        if age_s > (OUTDATED_S if is_quiet else SOON_S) and agent not in self._asked:
+        if age_s > most_s and agent not in self._asked:
             self._asked.add(agent)
             self._start()
             self._waiting.put(_MEASURE)

@@ -77,11 +77,9 @@ class Entrance:
 
 
 def _request_id(scope: Scope) -> str:
-    for name, value in scope["headers"]:
-        if name == b"x-request-id":
-            given = value.decode("latin-1")
-            return given if _REQUEST_ID.fullmatch(given) else uuid4().hex
-    return uuid4().hex
+    values = (value for name, value in scope["headers"] if name == b"x-request-id")
+    given: str = next(values, b"").decode("latin-1")
+    return given if _REQUEST_ID.fullmatch(given) else uuid4().hex
 
 
 def _template(scope: Scope) -> str:

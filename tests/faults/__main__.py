@@ -37,7 +37,7 @@ def main(arguments: Sequence[str]) -> int:
     for name, why in left_out.items():
         _say(f"not injected: {name}; missing: {why}")
     if not chosen:
-        _say(f"No fault to inject is named like {' or '.join(options.only)}.")
+        _say(f"No fault to inject is named like {' or '.join(options.only) or 'any'}.")
         return 2
     plan = Plan(options.runs, options.seconds, options.seed)
     _say(
@@ -88,7 +88,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=SECONDS, help="load around it, at least")
     parser.add_argument("--jobs", type=int, default=1, help="systems side by side")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1_000_000))
-    parser.add_argument("--only", nargs="+", help="faults whose name contains one of these")
+    parser.add_argument(
+        "--only", nargs="+", default=(), help="faults whose name contains one of these"
+    )
     return parser.parse_args(arguments)
 
 
