@@ -354,6 +354,12 @@ def perform(site: Site, action: Action[Any, Any], task_id: UUID) -> str:
     site.reports.tell(Word.CLAIMING, (task_id, claim_id))
     try:
         row = _claim(site, action, task_id, claim_id)
+    except Exception:
+        site.reports.tell(Word.GONE, (task_id, claim_id))
+        raise
+    # An exit amid the claim is told by nobody: when this process is gone, the keeper puts back what
+    # may have been claimed.
+    try:
         # The time that a task waits to be alone is not its own.
         limit_s = math.inf if row.alone else row.time_limit_s
         site.reports.tell(Word.BEGAN, (task_id, claim_id), limit_s=limit_s)

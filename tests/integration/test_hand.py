@@ -12,7 +12,7 @@ import pytest
 from pydantic import BaseModel
 from sqlalchemy import text
 
-from sutazai import admission, db, hand, keeper, lifecycle, statements
+from sutazai import admission, db, hand, keeper, lifecycle, statements, worker
 from sutazai.agent import Agent, Context, NoParams
 from sutazai.bell import Notice
 from sutazai.errors import DatabaseUnavailable, Unavailable
@@ -317,6 +317,37 @@ def test_a_process_that_dies_between_a_claim_and_its_word_costs_no_lease(site: S
     found = db.run(text("SELECT state, crashes, attempt FROM tasks ORDER BY params"))
     assert [tuple(row) for row in found] == [("queued", 0, 1), ("queued", 0, 0)]
     assert not watch._running
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_an_exit_amid_a_claim_costs_no_lease_and_charges_nobody(
+    site: Site, monkeypatch: pytest.MonkeyPatch, together: bool
+) -> None:
+    ids = accept(10, 11)[: 1 + together]
+    run = db.run
+
+    def run_and_exit(statement: Any) -> Any:
+        run(statement)
+        raise SystemExit
+
+    child = os.fork()
+    if not child:
+        monkeypatch.setattr(db, "run", run_and_exit)
+        try:
+            if together:
+                hand.perform_all(site, work, ids)
+            else:
+                worker.perform(site, work, ids[0])
+        finally:
+            os._exit(9)
+    os.waitpid(child, 0)
+    assert set(states(ids)) == {"running"}
+    watch = keeper_of(site)
+    watch._take_reports()
+    watch._take_back_crashed()
+    assert set(states(ids)) == {"queued"}
+    assert all(outcomes(task_id) == ["lost"] for task_id in ids)
+    assert db.run(text("SELECT max(crashes) FROM tasks"))[0][0] == 0
 
 
 def test_what_waits_too_long_for_its_turn_is_put_back_by_the_keeper(site: Site) -> None:

@@ -1,6 +1,7 @@
 """The life of a task, statement by statement, on a real PostgreSQL."""
 
 import threading
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid4
@@ -36,6 +37,9 @@ def work(params: Number, context: Context) -> Number:
 def once(params: NoParams, context: Context) -> Number:
     """Run at most once."""
     return Number()
+
+
+HERE = {"agent": "tester", "action": "work", "worker": "tester@here", "host": "here"}
 
 
 def accept(action: Action[Any, Any] = work, **options: Any) -> UUID:
@@ -277,8 +281,7 @@ def test_what_a_suspect_kept_from_being_claimed_waits_for_no_second_notice() -> 
     db.run(update(tasks).where(tasks.c.task_id == suspect).values(alone=True))
     claim_id, _ = claim(suspect, worker_id)
     assert claim(behind, worker_id) is None
-    claimant = {"agent": "tester", "action": "work", "worker": "tester@here", "host": "here"}
-    claimant |= {"worker_id": worker_id, "claim_id": uuid4()}
+    claimant = {**HERE, "worker_id": worker_id, "claim_id": uuid4()}
     with db.transaction() as connection:
         assert lifecycle.claim(connection, behind, limits, **claimant) is None
     assert finish(suspect, claim_id)  # after the one statement, and before the other
@@ -509,22 +512,34 @@ def test_what_only_a_dead_host_could_run_makes_no_agent_unhealthy() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ring", "change"),
+    ("take", "change"),
     [
-        (statements.ring_unrung("tester", 10), "rings = 0"),
+        (lambda _: statements.ring_unrung("tester", 10), "rings = 0"),
         (
-            statements.ring_overdue("tester", 10),
+            lambda _: statements.ring_overdue("tester", 10),
             "rings = 1, next_ring_at = now() - interval '1 second'",
         ),
-        (statements.become_due(10), "next_ring_at = NULL"),
         (
-            statements.take_callbacks(10, 60.0),
+            lambda _: statements.ring_again("tester"),
+            "rings = 1, next_ring_at = now() + interval '1 minute'",
+        ),
+        (lambda _: statements.become_due(10), "next_ring_at = NULL"),
+        (
+            lambda ids: statements.claim_many(
+                {task_id: uuid4() for task_id in ids}, worker_id=uuid4(), **HERE
+            ),
+            "rings = 1",
+        ),
+        (
+            lambda _: statements.take_callbacks(10, 60.0),
             "callback_url = 'http://x', state = 'failed', finished_at = now()",
         ),
     ],
-    ids=["unrung", "overdue", "become due", "callbacks"],
+    ids=["unrung", "overdue", "again", "become due", "claim", "callbacks"],
 )
-def test_a_row_that_somebody_works_on_holds_up_no_other(ring: Any, change: str) -> None:
+def test_a_row_that_somebody_works_on_holds_up_no_other(
+    take: Callable[[Sequence[UUID]], Any], change: str
+) -> None:
     locked, free = accept(), accept()
 
     def versions() -> dict[UUID, str]:
@@ -537,8 +552,7 @@ def test_a_row_that_somebody_works_on_holds_up_no_other(ring: Any, change: str) 
     before = versions()
     with db.transaction() as somebody:
         somebody.execute(statements.lock([locked]))
-        with db.transaction() as connection:
-            connection.execute(ring)
+        db.run(take([locked, free]))
     assert [task_id for task_id, version in versions().items() if version != before[task_id]] == [
         free
     ]

@@ -110,6 +110,20 @@ def test_two_beats_at_once_make_one_task_a_tick(conf: Any) -> None:
         beat.close()
 
 
+def test_a_beat_that_takes_long_over_one_schedule_holds_up_no_other_beat(conf: Any) -> None:
+    from sutazai.celery import app
+
+    add("busy", late="1 minute")
+    add("free", late="1 minute")
+    beat = PostgresScheduler(app=app)
+    with db.transaction() as another:
+        assert another.execute(statements.take_schedule("busy")).first()
+        beat.tick()
+    beat.close()
+    assert (len(made("busy")), len(made("free"))) == (0, 1)
+    assert row("busy").last_tick_at is None
+
+
 def test_a_tick_is_not_taken_again_even_if_its_row_forgets(database: Servers) -> None:
     add(late="0 minutes", overlap="queue")
     taken = take()
