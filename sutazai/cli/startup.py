@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +14,7 @@ import httpx
 from rich.status import Status
 
 from sutazai.agent import Agent
+from sutazai.cli import attend
 from sutazai.cli.output import cell, console, errors, fail, table
 from sutazai.embedded import (
     Program,
@@ -29,6 +30,27 @@ from sutazai.errors import ConfigurationError, SutazaiError, Unavailable
 from sutazai.settings import FLOWER_PORT, is_given, read_env_file, remember, remember_home, settings
 
 HEALTHY_WITHIN_S = 60.0
+SHARED_MODULES = (
+    "billiard.popen_fork",
+    "billiard.sharedctypes",
+    "celery.app.routes",
+    "celery.apps.beat",
+    "celery.apps.worker",
+    "celery.bin.celery",
+    "celery.concurrency.asynpool",
+    "celery.concurrency.prefork",
+    "celery.loaders.app",
+    "celery.worker.consumer",
+    "certifi",
+    "flower.command",
+    "sutazai.api.server",
+    "sutazai.celery",
+    "sutazai.relay",
+    "sutazai.scheduler",
+    "uvicorn.protocols.http.httptools_impl",
+)
+"""All that the processes import, most of it on the way in other modules, or when they begin."""
+
 POSTGRESQL_PORT = 10_000
 VALKEY_PORT = 10_001
 
@@ -82,29 +104,30 @@ class System:
                 _stop_with_parent()
             _silence(self._home)
             os._exit(supervise(self._home, programs, _run_forked))
+        stopping = attend.forward_signals(child)
         progress.start()
-        with _forwarded_signals(child) as stopping:
-            try:
-                progress.update("Starting the stores …")
-                self._await_stores(child)
-                progress.update("Bringing the schema up to date …")
-                _migrate()
-                progress.update("Starting the agents …")
-                supervisor.start_all()
-                code = self._await_health(progress, child, stopping)
-            except SutazaiError as error:
-                code = fail(str(error), 1)
-            except BaseException:
-                _signal(child)
-                raise
-            progress.stop()
-            if code == 0 and not stopping:
-                self._show(time.monotonic() - began)
-                if self._detach:
-                    return 0
-            else:
-                _signal(child)
-            return _await_end(child, code)
+        try:
+            progress.update("Starting the stores …")
+            self._await_stores(child)
+            progress.update("Bringing the schema up to date …")
+            _migrate()
+            progress.update("Starting the agents …")
+            supervisor.start_all()
+            code = self._await_health(progress, child, stopping)
+        except SutazaiError as error:
+            code = fail(str(error), 1)
+        except BaseException:
+            attend.stop(child)
+            raise
+        progress.stop()
+        if code == 0 and not stopping:
+            self._show(time.monotonic() - began)
+            if self._detach:
+                return 0
+            attend.stay(child)
+        attend.stop(child)
+        ended = attend.await_end(child)
+        return code or ended
 
     def _programs(self) -> list[Program]:
         programs: list[Program] = []
@@ -220,13 +243,8 @@ def _address() -> str:
 
 def _import_everything() -> None:
     """Load what the processes need before they are forked, so that they share its memory."""
-    import flower.command  # noqa: F401
-    import uvicorn.protocols.http.httptools_impl  # noqa: F401
-
-    import sutazai.api.server
-    import sutazai.celery
-    import sutazai.relay
-    import sutazai.scheduler  # noqa: F401
+    for name in SHARED_MODULES:
+        importlib.import_module(name)
 
 
 def _run_forked(arguments: list[str]) -> int:
@@ -265,35 +283,3 @@ def _await_supervisor(home: Path, child: int) -> None:
         if time.monotonic() > until or os.waitpid(child, os.WNOHANG) != (0, 0):
             raise Unavailable(f"The supervisor did not start; see {home / 'log'}.")
         time.sleep(0.05)
-
-
-def _signal(child: int) -> None:
-    with suppress(ProcessLookupError):
-        os.kill(child, signal.SIGTERM)
-
-
-@contextmanager
-def _forwarded_signals(child: int) -> Iterator[list[int]]:
-    """Hand SIGINT and SIGTERM on to the supervisor; the list grows with each."""
-    received: list[int] = []
-
-    def forward(number: int, _: object) -> None:
-        received.append(number)
-        if len(received) == 1:
-            errors.print("\nStopping; running tasks are drained. Again: stop at once.")
-        _signal(child)
-
-    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _await_end(child: int, code: int) -> int:
-    try:
-        _, status = os.waitpid(child, 0)
-    except ChildProcessError:
-        return code or 1
-    return code or os.waitstatus_to_exitcode(status)

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from tests.faults.load import PAUSE_S
 from tests.faults.place import Kind, Place
 
 Inject = Callable[[Place, random.Random], None]
@@ -30,6 +31,9 @@ class Fault:
     is_busy: bool = False
     """It takes all the cores: injected while nothing else is, which it would slow down."""
 
+    pause_s: float = PAUSE_S
+    """Of the load around it."""
+
     missing: Callable[[], str] = _nothing
     """Says what this machine lacks for it; empty when nothing."""
 
@@ -43,12 +47,13 @@ def fault(
     kind: Kind = Kind.PLAIN,
     is_long: bool = False,
     is_busy: bool = False,
+    pause_s: float = PAUSE_S,
     missing: Callable[[], str] = _nothing,
 ) -> Callable[[Inject], Inject]:
     """Add a function to the catalogue: it injects, lets heal, and raises when a promise broke."""
 
     def add(inject: Inject) -> Inject:
-        FAULTS.append(Fault(name, inject, kind, is_long, is_busy, missing))
+        FAULTS.append(Fault(name, inject, kind, is_long, is_busy, pause_s, missing))
         return inject
 
     return add

@@ -18,6 +18,9 @@ CLIENTS = 4
 PAUSE_S = 0.25
 """Between two tasks of one client, on average."""
 
+LONG_PAUSE_S = 0.5
+"""Beside a fault that lasts about a minute, whose backlog is worked off before the next one."""
+
 SECONDS = (*[0.0] * 18, 0.02, 0.2)
 """What tasks take, by chance: far less than the slots can do, so that backlogs are worked off."""
 
@@ -43,10 +46,11 @@ class Log:
 class Load:
     """Hands over tasks from several threads while it is entered."""
 
-    def __init__(self, place: Place, seed: int) -> None:
+    def __init__(self, place: Place, seed: int, pause_s: float = PAUSE_S) -> None:
         self.log = Log()
         self._place = place
         self._seed = seed
+        self._pause_s = pause_s
         self._stopping = threading.Event()
         self._abandoned = False
         self._lock = threading.Lock()
@@ -69,7 +73,7 @@ class Load:
     def _run(self, number: int) -> None:
         chance = random.Random(self._seed * 100 + number)
         with httpx.Client(timeout=8) as client:
-            while not self._stopping.wait(chance.uniform(0, 2 * PAUSE_S)):
+            while not self._stopping.wait(chance.uniform(0, 2 * self._pause_s)):
                 self._hand_over(client, chance)
 
     def _hand_over(self, client: httpx.Client, chance: random.Random) -> None:

@@ -331,11 +331,13 @@ def last(seconds: float) -> None:
     time.sleep(seconds)
 
 
-def until(condition: Callable[[], Any], within_s: float, what: str) -> Any:
+def until(
+    condition: Callable[[], Any], within_s: float, what: str, look_each_s: float = 0.05
+) -> Any:
     """Return the first value of a condition that is true; raises `TimeoutError`."""
     deadline = time.monotonic() + within_s
     while not (value := condition()):
         if time.monotonic() > deadline:
             raise TimeoutError(f"not within {within_s:g} s: {what}")
-        time.sleep(0.05)
+        time.sleep(look_each_s)
     return value

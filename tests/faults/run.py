@@ -18,6 +18,9 @@ WHOLE_WITHIN_S = 60.0
 RECOVER_WITHIN_S = 180.0
 """Longer than what was accepted needs alone: meanwhile more comes in."""
 
+LOOK_EACH_S = 0.5
+"""Each look at what is open reads the whole table; when it ended is read from the rows."""
+
 _OLD = "created_at < now() - interval '5 seconds'"
 """Else the backlogs of faults that last long would add up."""
 
@@ -91,7 +94,7 @@ def run(
     try:
         until(place.is_whole, WHOLE_WITHIN_S, "the system is healthy before the fault")
         began_at, began = place.value("SELECT now()"), time.monotonic()
-        with Load(place, seed) as load:
+        with Load(place, seed, fault.pause_s) as load:
             try:
                 for moment in moments:
                     if done.ended_at:
@@ -122,9 +125,11 @@ def _note_recovery(place: Place, done: Run, tell: Callable[[str], None]) -> None
         lambda: place.value(open_tasks, ended_at) == 0,
         RECOVER_WITHIN_S,
         "all tasks accepted before the end of the fault have ended",
+        LOOK_EACH_S,
     )
     backlog = f"SELECT count(*) FROM tasks WHERE {_OLD} AND finished_at IS NULL"
-    until(lambda: place.value(backlog) == 0, RECOVER_WITHIN_S, "what came meanwhile is worked off")
+    worked_off = "what came meanwhile is worked off"
+    until(lambda: place.value(backlog) == 0, RECOVER_WITHIN_S, worked_off, LOOK_EACH_S)
     until(place.is_whole, WHOLE_WITHIN_S, "the system is healthy after the fault")
     ticks = f"SELECT count(*) FROM tasks WHERE scheduled_by = '{AGENT}.tick' AND tick_at > %s"
     until(lambda: place.value(ticks, ended_at) > 0, WHOLE_WITHIN_S, "Beat ticks again")

@@ -14,6 +14,7 @@ from sutazai.bell import NOTICE_HEADER
 from sutazai.broker import REDIS_MARK
 from sutazai.embedded import Layout
 from tests.faults.fault import fault
+from tests.faults.load import LONG_PAUSE_S
 from tests.faults.place import AGENT, WORKER, Place, frozen, kill, last, until
 
 ACCEPT_WITHIN_S = 1.0
@@ -76,7 +77,7 @@ def freeze_broker(place: Place, chance: random.Random) -> None:
     assert slowest_s < ACCEPT_WITHIN_S
 
 
-@fault("SIGSTOP of the broker for 60 s", is_long=True)
+@fault("SIGSTOP of the broker for 60 s", is_long=True, pause_s=LONG_PAUSE_S)
 def freeze_broker_long(place: Place, _: random.Random) -> None:
     with frozen(place.process("valkey")):
         last(60)

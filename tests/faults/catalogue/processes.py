@@ -13,6 +13,7 @@ import httpx
 
 from tests.acceptance.conftest import BIN
 from tests.faults.fault import fault
+from tests.faults.load import LONG_PAUSE_S
 from tests.faults.place import WORKER, Place, frozen, kill, last, until
 
 
@@ -52,7 +53,7 @@ def drain_worker(place: Place, _: random.Random) -> None:
     place.process(WORKER).terminate()
 
 
-@fault("SIGSTOP of a worker and its pool for 45 s", is_long=True)
+@fault("SIGSTOP of a worker and its pool for 45 s", is_long=True, pause_s=LONG_PAUSE_S)
 def freeze_worker(place: Place, _: random.Random) -> None:
     with frozen(place.process(WORKER), *place.children()):
         last(45)
@@ -139,7 +140,11 @@ def restart_all(place: Place, _: random.Random) -> None:
     _restart_charging_nothing(place)
 
 
-@fault("SIGTERM of everything while tasks run longer than a drain, and a new start", is_long=True)
+@fault(
+    "SIGTERM of everything while tasks run longer than a drain, and a new start",
+    is_long=True,
+    pause_s=LONG_PAUSE_S,
+)
 def restart_amid_long_tasks(place: Place, _: random.Random) -> None:
     long = [place.submit("work", str(uuid4()), seconds=40) for _ in range(2)]
     for task_id in long:
