@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from alembic import command
+from alembic import command, op
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
@@ -52,6 +53,28 @@ def current() -> str | None:
 def wanted() -> str:
     """Return the revision that this version needs."""
     return ScriptDirectory.from_config(_config()).get_current_head() or ""
+
+
+def build_index(
+    name: str, columns: Sequence[str], condition: str | None = None, include: Sequence[str] = ()
+) -> None:
+    """Build an index of the tasks while they go on; for migrations."""
+    drop_index(name)  # building that was interrupted has left one that is never used
+    with op.get_context().autocommit_block():
+        op.create_index(
+            name,
+            "tasks",
+            [*columns],
+            postgresql_where=None if condition is None else text(condition),
+            postgresql_include=[*include] or None,
+            postgresql_concurrently=True,
+        )
+
+
+def drop_index(name: str) -> None:
+    """Drop an index of the tasks, if it is there, while they go on; for migrations."""
+    with op.get_context().autocommit_block():
+        op.drop_index(name, "tasks", if_exists=True, postgresql_concurrently=True)
 
 
 def _config() -> Config:

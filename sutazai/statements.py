@@ -7,7 +7,7 @@ task passes through are `Ready`: text and values, which cost a fraction of an ex
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 from uuid import UUID
@@ -49,7 +49,7 @@ from sutazai.models import (
     tasks,
     workers,
 )
-from sutazai.state import Outcome, State
+from sutazai.state import LIVE, TERMINAL, Outcome, State
 
 LEASE_S = 30.0
 """How long a claim holds without being extended."""
@@ -1644,11 +1644,13 @@ def tasks_page(
     parent_id: UUID | None = None,
     before: UUID | None = None,
 ) -> TextClause:
-    """Return a page of tasks, newest first, older than `before`."""
+    """Return a page of tasks, newest first, older than `before`.
+
+    What an agent has ended and what it has not is looked for apart, each in an index of its own.
+    """
     conditions = {
         "agent = :agent": {"agent": agent} if agent else None,
         "action = :action": {"action": action} if action else None,
-        "state = ANY(:states)": {"states": list(states)} if states else None,
         "labels @> CAST(:labels AS jsonb)": (
             {"labels": payload.dumps(dict(labels))} if labels else None
         ),
@@ -1658,10 +1660,28 @@ def tasks_page(
         "task_id < :before": {"before": before} if before else None,
     }
     wanted = {condition: values for condition, values in conditions.items() if values}
-    where = f"WHERE {' AND '.join(wanted)}" if wanted else ""
-    page = text(f"{_TASK} {where} ORDER BY task_id DESC LIMIT :limit")
+    chosen = states or [*LIVE, *TERMINAL]
+    # Of all agents there is no index that is ordered by age but that of all tasks.
+    kinds = [LIVE, TERMINAL] if agent else [[*LIVE, *TERMINAL]]
+    parts = [[state for state in kind if state in chosen] for kind in kinds]
+    # As text, so that every plan may use the indexes of these states.
+    where = [" AND ".join([f"state IN {_listed(part)}", *wanted]) for part in parts if part]
+    newest = "ORDER BY task_id DESC LIMIT :limit"
+    # An array, because with a join the planner may read all of history.
+    page = text(
+        f"""{_TASK} WHERE task_id = ANY(ARRAY(
+        SELECT task_id FROM ({
+            " UNION ALL ".join(
+                f"(SELECT task_id FROM tasks WHERE {part} {newest})" for part in where
+            )
+        }) AS found {newest})) ORDER BY task_id DESC"""  # noqa: S608 - of our own constants
+    )
     bound = {name: value for values in wanted.values() for name, value in values.items()}
     return page.bindparams(limit=limit, **bound)
+
+
+def _listed(states: Iterable[str]) -> str:
+    return "(" + ", ".join(f"'{State(state)}'" for state in states) + ")"
 
 
 def ended(task_ids: Sequence[UUID]) -> Ready:
