@@ -24,10 +24,10 @@ from benchmarks.measurement import (
     measurement,
     number,
 )
-from benchmarks.place import AGENT, Site, pause_until, running
+from benchmarks.place import AGENT, BATCH, Site, pause_until, running
 
 EXPORTER = "ai-metrics-exporter"
-CLAIMED = 500
+CLAIMED = 5_000
 MIB = 2**20
 
 WITHIN, LATER = at_most(1.5, Of.RATIO), at_most(1.2, Of.RATIO)
@@ -88,8 +88,8 @@ def scale(run: Run) -> Finding:
 
     First ended tasks are added, each with its attempt; then, on the largest table, tasks that wait,
     a tenth of them of each priority. At every size single tasks are accepted on 16 connections
-    while the queue is paused, 500 tasks are claimed and finished by two worker processes, pages of
-    tasks are listed, and metrics scraped. The tables are vacuumed and analysed after each step.
+    while the queue is paused, 5,000 tasks are claimed and finished by two worker processes, pages
+    of tasks are listed, and metrics scraped. The tables are vacuumed and analysed after each step.
     The order of claims is compared with priority, then age: a task that is claimed earlier or later
     than that is out of order by so many places; the notices that the broker may hold, and those
     that a worker has fetched, allow for 1,008. The rows of the table of targets are those of the
@@ -195,11 +195,12 @@ def _accept(site: Site, connection: psycopg.Connection[Any], seconds: float) -> 
 
 
 def _claim(site: Site, connection: psycopg.Connection[Any]) -> float:
-    """Let 500 tasks or some more be worked off, and return what one takes."""
-    row = connection.execute(_QUEUED, (AGENT,)).fetchone()
+    """Let 5,000 tasks or some more be worked off, and return what one takes."""
+    row = connection.execute(_QUEUED, (AGENT, CLAIMED)).fetchone()
     if row is None or row[0] < CLAIMED:
-        body = [{"action": AGENT}] * CLAIMED
-        fire(request("POST", f"{site.url}/tasks/batch", body), 1, total=1).require("202")
+        body = [{"action": AGENT}] * BATCH
+        batch = request("POST", f"{site.url}/tasks/batch", body)
+        fire(batch, 1, total=CLAIMED // BATCH).require("202")
     now = connection.execute("SELECT clock_timestamp()").fetchone()
     assert now is not None
 
@@ -224,7 +225,7 @@ def _await_quiet(connection: psycopg.Connection[Any]) -> None:
 
 _QUEUED = """
     SELECT count(*)
-    FROM (SELECT 1 FROM tasks WHERE agent = %s AND state = 'queued' LIMIT 500) AS bounded
+    FROM (SELECT 1 FROM tasks WHERE agent = %s AND state = 'queued' LIMIT %s) AS bounded
 """
 
 _FINISHED = """
