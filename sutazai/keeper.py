@@ -325,14 +325,8 @@ class Keeper(threading.Thread):
         }
         claims, self._claims = self._claims, 0
         identity = self._identity
-        with db.transaction() as connection:
-            if (
-                connection.execute(
-                    statements.beat(identity.worker_id, values, claims=claims)
-                ).first()
-                is None
-            ):
-                connection.execute(statements.enlist({**identity.row, **values}))
+        if not db.run(statements.beat(identity.worker_id, **values, claims=claims)):
+            db.run(statements.enlist({**identity.row, **values}))
         self._each_beat()
         if time.monotonic() - self._registered_at >= REGISTRY_S:
             self._registered_at = time.monotonic()

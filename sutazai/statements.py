@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
+from functools import cache
 from typing import Any, NamedTuple
 from uuid import UUID
 
@@ -592,6 +593,7 @@ _RING_AGAIN = text(
 )
 
 
+@cache
 def become_due(limit: int) -> Update:
     """Let rows whose time has come be rung."""
     chosen = (
@@ -1168,6 +1170,7 @@ _LOCKED_WITH = (
 """What decides which locks are taken before a task's own."""
 
 
+@cache
 def past_deadline(limit: int) -> Select[Any]:
     """Find queued tasks whose deadline has passed."""
     return select(*_LOCKED_WITH).where(_QUEUED, tasks.c.deadline_at <= _NOW).limit(limit)
@@ -1217,6 +1220,7 @@ _RESCUE = (
 )
 
 
+@cache
 def lease_expired(limit: int) -> Select[Any]:
     """Find running tasks whose lease has run out: the one definition of *lost*.
 
@@ -1246,18 +1250,26 @@ def enlist(row: Mapping[str, Any]) -> Insert:
     return insert(workers).values(row).on_conflict_do_nothing()
 
 
-def beat(worker_id: UUID, values: Mapping[str, Any], *, claims: int) -> Update:
+def beat(
+    worker_id: UUID, *, running: int, slots: int, consuming: bool = True, claims: int = 0
+) -> Ready:
     """Renew a worker's heartbeat, and add the tasks it began since the last one.
 
     One that was taken for dead lives again.
     """
-    instants = {"heartbeat_at": _NOW, "stopped_at": None} | ({"claimed_at": _NOW} if claims else {})
-    return (
-        update(workers)
-        .where(workers.c.worker_id == worker_id)
-        .values(claims=workers.c.claims + claims, **instants, **values)
-        .returning(workers.c.worker_id)
-    )
+    values = {"running": running, "slots": slots, "consuming": consuming, "claims": claims}
+    return Ready(_BEAT, {"worker_id": worker_id, **values})
+
+
+_BEAT = text(
+    """
+    UPDATE workers
+    SET heartbeat_at = now(), stopped_at = NULL, claims = claims + :claims,
+        claimed_at = CASE WHEN :claims > 0 THEN now() ELSE claimed_at END,
+        running = :running, slots = :slots, consuming = :consuming
+    WHERE worker_id = :worker_id RETURNING worker_id
+    """
+)
 
 
 def discharge(worker_ids: Sequence[UUID]) -> Update:
@@ -1270,6 +1282,7 @@ def discharge(worker_ids: Sequence[UUID]) -> Update:
     )
 
 
+@cache
 def discharge_silent() -> Update:
     """Record that workers have stopped whose leases have all run out; return whose they were."""
     return (
@@ -1317,6 +1330,7 @@ def live_workers(agent: str | None = None) -> Select[Any]:
     return statement.order_by(workers.c.name)
 
 
+@cache
 def busy_agents() -> TextClause:
     """Return the agents that take work and have some that may have to be rung, with their speed.
 
@@ -1367,6 +1381,7 @@ def live_hosts(agent: str) -> Select[Any]:
     return select(workers.c.host).where(_live(), workers.c.agent == agent).distinct()
 
 
+@cache
 def serve(kind: str, instance: str) -> Insert:
     """Renew the heartbeat of a relay or a Beat."""
     return (
@@ -1386,6 +1401,7 @@ def retire(kind: str, instance: str) -> Delete:
 # --- callbacks ------------------------------------------------------------------------------
 
 
+@cache
 def take_callbacks(limit: int, lease_s: float) -> TextClause:
     """Take callbacks that are due; one that is not settled within the lease is due again."""
     return _TAKE_CALLBACKS.bindparams(limit=limit, lease_s=lease_s)

@@ -20,6 +20,20 @@ class _CarefulChannel:
     """What both kinds of channel add to kombu's."""
 
     connection: Any
+    pool: Any
+    _lasting: Any = None
+
+    def _create_client(self, asynchronous: bool = False) -> Any:
+        """Return one client as long as its pool lives: kombu makes one for each publication.
+
+        It holds no connection of its own, and to make one costs more than to publish.
+        """
+        kombu: Any = super()
+        if asynchronous:
+            return kombu._create_client(asynchronous)
+        if self._lasting is None or self._lasting.connection_pool is not self.pool:
+            self._lasting = kombu._create_client()
+        return self._lasting
 
     def basic_consume(
         self, queue: str, no_ack: bool, callback: Any, *args: Any, **more: Any

@@ -127,6 +127,17 @@ def test_tasks_that_would_start_others_are_refused(app: Any) -> None:
     assert rows() == 3
 
 
+def test_publishing_uses_one_client_until_its_connections_are_given_up(app: Any) -> None:
+    with app.connection_for_write() as connection:
+        channel = connection.default_channel
+        with channel.conn_or_acquire() as first, channel.conn_or_acquire() as second:
+            assert second is first
+        channel._disconnect_pools()  # as after a fork, or when the broker has gone
+        with channel.conn_or_acquire() as another:
+            assert another is not first
+            assert another.ping()
+
+
 # --- revoke and terminate -------------------------------------------------------------------
 
 
