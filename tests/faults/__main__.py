@@ -67,7 +67,12 @@ def _run(chosen: Sequence[Fault], plan: Plan, jobs: int) -> list[Run]:
 
 
 def _unfinished(fault: Fault, plan: Plan) -> Run:
-    done = Run(fault.name, plan.seed_of(fault), errors=["the process that injected it has ended"])
+    done = Run(
+        fault.name,
+        plan.seed_of(fault),
+        fault.pause_s,
+        errors=["the process that injected it has ended"],
+    )
     _say(str(done))
     return done
 

@@ -103,7 +103,7 @@ def _inject(places: Places, fault: Fault, plan: Plan, tell: Any) -> Run:
         place = places.of(fault.kind)
     except Exception as error:
         places.discard()
-        return Run(fault.name, seed, errors=[f"no system to inject into: {error!r}"])
+        return Run(fault.name, seed, fault.pause_s, errors=[f"no system to inject into: {error!r}"])
     done = run(place, fault, seed, runs=plan.runs, seconds=plan.seconds, tell=tell)
     if not done.is_good:
         places.discard()

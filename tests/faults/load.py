@@ -21,6 +21,9 @@ PAUSE_S = 0.25
 LONG_PAUSE_S = 0.5
 """Beside a fault that lasts about a minute, whose backlog is worked off before the next one."""
 
+PROXIED_PAUSE_S = 1.0
+"""Where connections also pass through a proxy of ours, which costs more than the system itself."""
+
 SECONDS = (*[0.0] * 18, 0.02, 0.2)
 """What tasks take, by chance: far less than the slots can do, so that backlogs are worked off."""
 

@@ -25,6 +25,9 @@ class Proxy:
         self._target = target
         self._lock = threading.Lock()
         self._pairs: set[tuple[socket.socket, socket.socket]] = set()
+        self._lost: set[tuple[socket.socket, socket.socket]] = set()
+        """Of which no end hears of the other any more."""
+
         self._is_dark = False
         self._listener = self._listen(0)
         self.port: int = self._listener.getsockname()[1]
@@ -33,11 +36,16 @@ class Proxy:
         """Let every packet of clients vanish unanswered, of new connections too.
 
         The kernel drops what a socket's filter refuses before it acknowledges it, so clients see
-        what they see of a host that is gone: silence, and no end of the connection.
+        what they see of a host that is gone: silence, and no end of the connection. The server has
+        found out meanwhile that the clients of the time before are gone, as its keepalive does.
         """
         with self._lock:
             self._is_dark = True
             _drop(self._listener)
+            for _, server in self._lost & self._pairs:
+                with contextlib.suppress(OSError):
+                    server.shutdown(socket.SHUT_RDWR)
+            self._lost |= self._pairs
             for client, _ in self._pairs:
                 _drop(client)
 
@@ -62,7 +70,7 @@ class Proxy:
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         with self._lock:
-            pairs = list(self._pairs)
+            pairs = self._pairs | self._lost
             self._pairs.clear()
         for pair in pairs:
             _reset(pair)
@@ -90,6 +98,7 @@ class Proxy:
             with self._lock:
                 self._pairs.add(pair)
                 if self._is_dark:
+                    self._lost.add(pair)
                     _drop(client)
             for source, sink in (pair, pair[::-1]):
                 forward = threading.Thread(target=self._forward, args=(source, sink, pair))
@@ -105,8 +114,9 @@ class Proxy:
         with self._lock:
             known = pair in self._pairs
             self._pairs.discard(pair)
+            ends = pair[1:] if pair in self._lost else pair
         if known:
-            for end in pair:
+            for end in ends:
                 with contextlib.suppress(OSError):
                     end.shutdown(socket.SHUT_RDWR)
                 end.close()

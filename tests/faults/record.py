@@ -25,6 +25,9 @@ class Entry:
     """The day, in UTC."""
 
     seed: int
+    pause_s: float
+    """Of the load: between two tasks of one client, on average."""
+
     injections: int
     load_s: float
     accepted: int
@@ -52,6 +55,7 @@ class Entry:
             fault=run.fault,
             on=f"{datetime.now(UTC):%Y-%m-%d}",
             seed=run.seed,
+            pause_s=run.pause_s,
             injections=len(run.ended_at),
             load_s=round(run.load_s, 1),
             accepted=found.accepted if found else 0,

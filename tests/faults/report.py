@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from tests.faults.load import CLIENTS, LONG_PAUSE_S, PAUSE_S
+from tests.faults.load import CLIENTS
 from tests.faults.record import Entry
 
 _COLUMNS = (
@@ -12,6 +12,7 @@ _COLUMNS = (
     "on",
     "injections",
     "seconds of load",
+    "every",
     "accepted",
     "lost",
     "doubled",
@@ -41,10 +42,9 @@ def report(entries: Mapping[str, Entry], catalogue: Sequence[str], place: str) -
         f"fault stands with the day of its latest run. {place}",
         "",
         "Each fault has one load, into which it is injected at random moments, each time when the "
-        f"system is whole again. The load is {CLIENTS} clients that each hand over a task about "
-        f"every {PAUSE_S:g} s ({LONG_PAUSE_S:g} s beside one that lasts about a minute), under a "
-        "key, and repeat it until it is accepted; a third of the tasks delegates to a child; a "
-        "schedule ticks every second. What was accepted is "
+        f"system is whole again. The load is {CLIENTS} clients that each hand over a task every so "
+        "often (*every*, on average), under a key, and repeat it until it is accepted; a third of "
+        "the tasks delegates to a child; a schedule ticks every second. What was accepted is "
         "checked when the load is over.",
         "",
         "*lost*: accepted, and never ended. *doubled*: a key or a tick with two tasks, a tick "
@@ -77,6 +77,7 @@ def _row(row: Entry) -> str:
         row.on,
         row.injections,
         f"{row.load_s:.0f}",
+        f"{row.pause_s:g} s",
         row.accepted,
         row.lost,
         row.doubled,

@@ -34,6 +34,7 @@ class Run:
 
     fault: str
     seed: int
+    pause_s: float
     load_s: float = 0.0
     ended_at: list[datetime] = field(default_factory=list)
     """When each fault was over."""
@@ -87,7 +88,7 @@ def run(
     least; it lasts longer when the faults and their recoveries do, and ends before the last
     recovery is measured. tell: hears how it goes.
     """
-    done = Run(fault.name, seed)
+    done = Run(fault.name, seed, fault.pause_s)
     place.notes.clear()
     chance = random.Random(seed)
     moments = sorted(chance.uniform(0, seconds) for _ in range(runs))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from tests.faults.fault import fault
-from tests.faults.load import LONG_PAUSE_S
+from tests.faults.load import PROXIED_PAUSE_S
 from tests.faults.network import missing_filters
 from tests.faults.place import Kind, Place, last
 
@@ -14,7 +14,7 @@ from tests.faults.place import Kind, Place, last
     "half-open connections to the broker",
     kind=Kind.PROXIED,
     is_long=True,
-    pause_s=LONG_PAUSE_S,
+    pause_s=PROXIED_PAUSE_S,
     missing=missing_filters,
 )
 def lose_broker(place: Place, _: random.Random) -> None:
@@ -25,7 +25,7 @@ def lose_broker(place: Place, _: random.Random) -> None:
     "half-open connections to PostgreSQL",
     kind=Kind.PROXIED,
     is_long=True,
-    pause_s=LONG_PAUSE_S,
+    pause_s=PROXIED_PAUSE_S,
     missing=missing_filters,
 )
 def lose_database(place: Place, _: random.Random) -> None:
