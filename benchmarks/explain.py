@@ -219,7 +219,7 @@ def _wanted(sample: Sample) -> Mapping[str, Executable | db.Ready]:
         ),
         "prune_concurrency_keys": statements.prune_concurrency_keys(1000),
         "take_callbacks": statements.take_callbacks(10, 30.0),
-        "beat": statements.beat(WORKER_ID, running=1, slots=2, claims=10),
+        "beat": statements.beat(WORKER_ID, running=1, slots=2, consuming=True, claims=10),
         "serve": statements.serve("relay", "here"),
     }
 

@@ -55,9 +55,7 @@ def wanted() -> str:
     return ScriptDirectory.from_config(_config()).get_current_head() or ""
 
 
-def build_index(
-    name: str, columns: Sequence[str], condition: str | None = None, include: Sequence[str] = ()
-) -> None:
+def build_index(name: str, columns: Sequence[str], condition: str | None = None) -> None:
     """Build an index of the tasks while they go on; for migrations."""
     drop_index(name)  # building that was interrupted has left one that is never used
     with op.get_context().autocommit_block():
@@ -66,7 +64,6 @@ def build_index(
             "tasks",
             [*columns],
             postgresql_where=None if condition is None else text(condition),
-            postgresql_include=[*include] or None,
             postgresql_concurrently=True,
         )
 

@@ -181,14 +181,7 @@ Index(
 # Of a page of tasks: what has ended is not looked for behind a backlog, nor what has not behind
 # years of history. A task is in one of them, so both cost what one index of all would.
 Index("tasks_live", tasks.c.agent, tasks.c.task_id, postgresql_where=tasks.c.state.in_(LIVE))
-Index(
-    "tasks_past",
-    tasks.c.agent,
-    tasks.c.task_id,
-    # So that it is read without the table, which makes it cheaper than the primary key.
-    postgresql_include=["state"],
-    postgresql_where=tasks.c.state.in_(TERMINAL),
-)
+Index("tasks_past", tasks.c.agent, tasks.c.task_id, postgresql_where=tasks.c.state.in_(TERMINAL))
 Index("tasks_parent", tasks.c.parent_id, postgresql_where=tasks.c.parent_id.is_not(None))
 Index(
     "tasks_ended",

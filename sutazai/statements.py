@@ -1250,9 +1250,7 @@ def enlist(row: Mapping[str, Any]) -> Insert:
     return insert(workers).values(row).on_conflict_do_nothing()
 
 
-def beat(
-    worker_id: UUID, *, running: int, slots: int, consuming: bool = True, claims: int = 0
-) -> Ready:
+def beat(worker_id: UUID, *, running: int, slots: int, consuming: bool, claims: int) -> Ready:
     """Renew a worker's heartbeat, and add the tasks it began since the last one.
 
     One that was taken for dead lives again.
@@ -1282,15 +1280,17 @@ def discharge(worker_ids: Sequence[UUID]) -> Update:
     )
 
 
-@cache
 def discharge_silent() -> Update:
     """Record that workers have stopped whose leases have all run out; return whose they were."""
-    return (
-        update(workers)
-        .where(workers.c.stopped_at.is_(None), workers.c.heartbeat_at < _NOW - _seconds(LEASE_S))
-        .values(stopped_at=_NOW)
-        .returning(workers.c.agent)
-    )
+    return _DISCHARGE_SILENT
+
+
+_DISCHARGE_SILENT = (
+    update(workers)
+    .where(workers.c.stopped_at.is_(None), workers.c.heartbeat_at < _NOW - _seconds(LEASE_S))
+    .values(stopped_at=_NOW)
+    .returning(workers.c.agent)
+)
 
 
 def predecessors(name: str, worker_id: UUID) -> Select[Any]:
@@ -1330,16 +1330,16 @@ def live_workers(agent: str | None = None) -> Select[Any]:
     return statement.order_by(workers.c.name)
 
 
-@cache
 def busy_agents() -> TextClause:
     """Return the agents that take work and have some that may have to be rung, with their speed.
 
     `claims` is how many tasks their workers have begun so far, `slots` how many run at once.
     """
-    return text(_BUSY).bindparams(dead_s=WORKER_DEAD_S)
+    return _BUSY
 
 
-_BUSY = """
+_BUSY = text(
+    """
     SELECT w.agent, sum(w.slots)::int AS slots, sum(w.claims)::bigint AS claims
     FROM workers w
     WHERE w.stopped_at IS NULL AND w.heartbeat_at > now() - make_interval(secs => :dead_s)
@@ -1347,7 +1347,8 @@ _BUSY = """
       AND EXISTS (SELECT 1 FROM tasks t WHERE t.agent = w.agent AND t.state = 'queued'
                   AND t.next_ring_at IS NOT NULL)
     GROUP BY w.agent
-"""
+    """
+).bindparams(dead_s=WORKER_DEAD_S)
 
 
 def claimable(agent: str, host: str, worker_id: UUID, age_s: float) -> TextClause:
@@ -1401,7 +1402,6 @@ def retire(kind: str, instance: str) -> Delete:
 # --- callbacks ------------------------------------------------------------------------------
 
 
-@cache
 def take_callbacks(limit: int, lease_s: float) -> TextClause:
     """Take callbacks that are due; one that is not settled within the lease is due again."""
     return _TAKE_CALLBACKS.bindparams(limit=limit, lease_s=lease_s)
@@ -1662,10 +1662,10 @@ def tasks_page(
 ) -> TextClause:
     """Return a page of tasks, newest first, older than `before`.
 
-    What an agent has ended and what it has not is looked for apart, each in an index of its own.
+    What has ended and what has not is looked for apart, agent by agent, in indexes of their own: so
+    neither is looked for behind the other.
     """
     conditions = {
-        "agent = :agent": {"agent": agent} if agent else None,
         "action = :action": {"action": action} if action else None,
         "labels @> CAST(:labels AS jsonb)": (
             {"labels": payload.dumps(dict(labels))} if labels else None
@@ -1676,24 +1676,57 @@ def tasks_page(
         "task_id < :before": {"before": before} if before else None,
     }
     wanted = {condition: values for condition, values in conditions.items() if values}
-    chosen = states or [*LIVE, *TERMINAL]
-    # Of all agents there is no index that is ordered by age but that of all tasks.
-    kinds = [LIVE, TERMINAL] if agent else [[*LIVE, *TERMINAL]]
-    parts = [[state for state in kind if state in chosen] for kind in kinds]
-    # As text, so that every plan may use the indexes of these states.
-    where = [" AND ".join([f"state IN {_listed(part)}", *wanted]) for part in parts if part]
-    newest = "ORDER BY task_id DESC LIMIT :limit"
-    # An array, because with a join the planner may read all of history.
-    page = text(
-        f"""{_TASK} WHERE task_id = ANY(ARRAY(
-        SELECT task_id FROM ({
-            " UNION ALL ".join(
-                f"(SELECT task_id FROM tasks WHERE {part} {newest})" for part in where
-            )
-        }) AS found {newest})) ORDER BY task_id DESC"""  # noqa: S608 - of our own constants
-    )
+    more = "".join(f" AND {condition}" for condition in wanted)
     bound = {name: value for values in wanted.values() for name, value in values.items()}
+    if agent:
+        bound["agent"] = agent
+    if agent or states:
+        parts = [
+            _PART.format(
+                agents=_NAMED if agent else _AGENTS.format(kind=_listed(kind)),
+                states=_listed(chosen),
+                more=more,
+            )
+            for kind in (LIVE, TERMINAL)
+            if (chosen := [state for state in kind if not states or state in states])
+        ]
+    else:
+        parts = [_NEWEST.format(more=more)]
+    page = text(_PAGE.format(task=_TASK, parts=" UNION ALL ".join(parts)))
     return page.bindparams(limit=limit, **bound)
+
+
+# An array, because with a join the planner may read all of history.
+_PAGE = """
+    {task} WHERE task_id = ANY(ARRAY(
+        SELECT task_id FROM ({parts}) AS found ORDER BY task_id DESC LIMIT :limit))
+    ORDER BY task_id DESC
+"""
+
+_NEWEST = "(SELECT task_id FROM tasks WHERE true {more} ORDER BY task_id DESC LIMIT :limit)"
+
+# Not `agent =`, which would make the order that of the primary key: then the planner reads that,
+# and passes over all that is not looked for. States as text, so that every plan may use the indexes
+# that are made for them.
+_PART = """
+    (SELECT newest.task_id FROM ({agents}) AS known CROSS JOIN LATERAL (
+         SELECT task_id FROM tasks
+         WHERE agent >= known.agent AND agent <= known.agent AND state IN {states} {more}
+         ORDER BY agent DESC, task_id DESC LIMIT :limit) AS newest
+     ORDER BY task_id DESC LIMIT :limit)
+"""
+
+_NAMED = "SELECT CAST(:agent AS text) AS agent"
+
+_AGENTS = """
+    WITH RECURSIVE named AS (
+        SELECT min(agent) AS agent FROM tasks WHERE state IN {kind}
+        UNION ALL
+        SELECT (SELECT min(agent) FROM tasks WHERE state IN {kind} AND agent > named.agent)
+        FROM named WHERE named.agent IS NOT NULL
+    )
+    SELECT agent FROM named WHERE agent IS NOT NULL
+"""
 
 
 def _listed(states: Iterable[str]) -> str:

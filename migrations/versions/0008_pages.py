@@ -10,12 +10,7 @@ depends_on = None
 
 def upgrade() -> None:
     build_index("tasks_live", ["agent", "task_id"], "state IN ('queued', 'running', 'waiting')")
-    build_index(
-        "tasks_past",
-        ["agent", "task_id"],
-        "state IN ('succeeded', 'failed', 'cancelled')",
-        include=["state"],
-    )
+    build_index("tasks_past", ["agent", "task_id"], "state IN ('succeeded', 'failed', 'cancelled')")
     drop_index("tasks_agent")
 
 

@@ -361,7 +361,7 @@ def test_the_notices_that_a_dead_worker_held_are_rung_again_once(bell: Any) -> N
     assert rings() == [2, 2]
     stopped = select(workers.c.stopped_at).where(is_dead)
     assert db.run(stopped)[0].stopped_at
-    db.run(statements.beat(dead.worker_id, running=0, slots=2))
+    db.run(statements.beat(dead.worker_id, running=0, slots=2, consuming=True, claims=0))
     assert db.run(stopped)[0].stopped_at is None, "it was only cut off"
 
 
