@@ -21,14 +21,21 @@ def forward_signals(child: int) -> list[int]:
 
     def forward(number: int, _: object) -> None:
         received.append(number)
+        stop(child)  # first: nobody may be left to read what is said
         if len(received) == 1:
-            sys.stderr.write("\nStopping; running tasks are drained. Again: stop at once.\n")
-            sys.stderr.flush()
-        stop(child)
+            with suppress(OSError, RuntimeError):
+                sys.stderr.write("\nStopping; running tasks are drained. Again: stop at once.\n")
+                sys.stderr.flush()
 
     for number in SIGNALS:
         signal.signal(number, forward)
     return received
+
+
+def forget_signals() -> None:
+    """Let signals do what they usually do: they are no business of the supervisor's any more."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
 
 
 def stop(child: int) -> None:

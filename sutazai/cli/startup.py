@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,7 +50,7 @@ SHARED_MODULES = (
     "sutazai.scheduler",
     "uvicorn.protocols.http.httptools_impl",
 )
-"""All that the processes import, most of it on the way in other modules, or when they begin."""
+"""What the processes would each import after the fork."""
 
 POSTGRESQL_PORT = 10_000
 VALKEY_PORT = 10_001
@@ -117,15 +118,18 @@ class System:
         except SutazaiError as error:
             code = fail(str(error), 1)
         except BaseException:
-            attend.stop(child)
+            if not stopping:
+                attend.stop(child)
             raise
         progress.stop()
         if code == 0 and not stopping:
             self._show(time.monotonic() - began)
             if self._detach:
+                attend.forget_signals()
                 return 0
             attend.stay(child)
-        attend.stop(child)
+        if not stopping:  # which has been handed on: a second one would stop at once
+            attend.stop(child)
         ended = attend.await_end(child)
         return code or ended
 
@@ -244,7 +248,8 @@ def _address() -> str:
 def _import_everything() -> None:
     """Load what the processes need before they are forked, so that they share its memory."""
     for name in SHARED_MODULES:
-        importlib.import_module(name)
+        with suppress(ModuleNotFoundError):  # of another version: then each process imports it
+            importlib.import_module(name)
 
 
 def _run_forked(arguments: list[str]) -> int:

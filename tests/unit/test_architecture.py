@@ -1,15 +1,23 @@
 """Rules about who may do what, beyond the layers that import-linter holds."""
 
 import ast
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from sutazai.cli.startup import SHARED_MODULES
+
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "sutazai"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 BENCHMARKS = sorted((ROOT / "benchmarks").rglob("*.py"))
+
+
+def test_what_is_loaded_before_the_fork_is_there() -> None:
+    missing = [name for name in SHARED_MODULES if importlib.util.find_spec(name) is None]
+    assert not missing, "each process would load it for itself"
 
 
 def _name(path: Path) -> str:

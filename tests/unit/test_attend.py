@@ -18,6 +18,7 @@ number = int(sys.argv[1])
 signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
 child = os.fork()
 if child == 0:
+    signal.alarm(30)
     os.write(1, b"running")
     for _ in range(number):
         assert signal.sigwait([signal.SIGTERM]) == signal.SIGTERM
@@ -34,15 +35,15 @@ Up = subprocess.Popen[bytes]
 def up(request: pytest.FixtureRequest) -> Iterator[Up]:
     command = [sys.executable, "-c", UP, str(request.param)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        while process.poll() is None and "attend.py" not in _command_line(process.pid):
+        while process.poll() is None and _name(process.pid) != "sutazai up":
             os.sched_yield()  # what comes before that, `up` itself hears
         yield process
         process.kill()
 
 
-def _command_line(pid: int) -> str:
+def _name(pid: int) -> str:
     with suppress(psutil.NoSuchProcess):  # it has just ended
-        return " ".join(psutil.Process(pid).cmdline())
+        return psutil.Process(pid).name()
     return ""
 
 
