@@ -238,12 +238,13 @@ class Keeper(threading.Thread):
         self._wake()
         self.join(timeout=5)
         identity = self._identity
-        with contextlib.suppress(DatabaseUnavailable):
+        if not self.is_alive():
             # The pool has ended: what its processes had no time to put back is left to nobody else.
-            self._take_reports()
-            self._take_back_crashed()
-            with db.transaction() as connection:
-                connection.execute(statements.discharge([identity.worker_id]))
+            with contextlib.suppress(DatabaseUnavailable):
+                self._take_reports()
+                self._take_back_crashed()
+        with contextlib.suppress(DatabaseUnavailable), db.transaction() as connection:
+            connection.execute(statements.discharge([identity.worker_id]))
         redis.attempt(lambda client: client.hdel("agents:registry", identity.agent))
 
     def _wake(self) -> None:

@@ -357,8 +357,8 @@ def perform(site: Site, action: Action[Any, Any], task_id: UUID) -> str:
     except Exception:
         site.reports.tell(Word.GONE, (task_id, claim_id))
         raise
-    # An exit amid the claim is told by nobody: when this process is gone, the keeper puts back what
-    # may have been claimed.
+    # An exit amid the claim is told by nobody: when this process, a child of the pool, is gone, the
+    # keeper puts back what may have been claimed.
     try:
         # The time that a task waits to be alone is not its own.
         limit_s = math.inf if row.alone else row.time_limit_s

@@ -350,6 +350,31 @@ def test_an_exit_amid_a_claim_costs_no_lease_and_charges_nobody(
     assert db.run(text("SELECT max(crashes) FROM tasks"))[0][0] == 0
 
 
+@pytest.mark.parametrize("locked", [False, True])
+def test_a_keeper_that_stops_puts_back_what_its_pool_has_left(site: Site, locked: bool) -> None:
+    with db.transaction() as connection:
+        connection.execute(statements.enlist({**site.identity.row, "slots": 2}))
+    watch = keeper_of(site)
+    watch._stop_requested.set()
+    watch.start()
+    watch.join()
+    [task_id] = accept(10)
+    child = os.fork()
+    if not child:
+        claim = new_id()
+        site.reports.tell(Word.CLAIMING, (task_id, claim))
+        hand._claim_all(site, work, {task_id: claim})
+        os._exit(9)
+    os.waitpid(child, 0)
+    with db.transaction() as somebody:
+        if locked:
+            somebody.execute(statements.lock([task_id]))
+        watch.stop()
+    assert states([task_id]) == ["running" if locked else "queued"]
+    stopped = "SELECT stopped_at IS NOT NULL FROM workers"
+    assert db.run(text(stopped))[0][0], "whatever else could not be done"
+
+
 def test_what_waits_too_long_for_its_turn_is_put_back_by_the_keeper(site: Site) -> None:
     claims = taken(site, (10, 11))
     ran, waits = claims.items()
