@@ -26,7 +26,8 @@ broker_transport_options = (
         "socket_timeout": 10,
         "socket_connect_timeout": 5,
         "socket_keepalive": True,
-        "health_check_interval": 10,
+        # A connection that has fallen silent is given up after one to two of these.
+        "health_check_interval": 5,
         "max_retries": 2,
     }
     if _is_redis

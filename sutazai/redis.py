@@ -44,7 +44,9 @@ def client() -> library.Redis | None:
     global _client  # noqa: PLW0603 - one connection pool a process
     url = settings().signals_url
     if _client is None and url:
-        _client = library.Redis.from_url(url, retry=Retry(NoBackoff(), 1), **_OPTIONS)
+        # A connection that broke is made anew; a silent one has cost its time-out once already.
+        again = Retry(NoBackoff(), 1, supported_errors=(library.ConnectionError,))
+        _client = library.Redis.from_url(url, retry=again, **_OPTIONS)
     return _client
 
 
