@@ -88,8 +88,9 @@ def scale(run: Run) -> Finding:
 
     First ended tasks are added, each with its attempt; then, on the largest table, tasks that wait,
     a tenth of them of each priority. At every size single tasks are accepted on 16 connections
-    while the queue is paused, 5,000 tasks are claimed and finished by two worker processes, pages
-    of tasks are listed, and metrics scraped. The tables are vacuumed and analysed after each step.
+    while the queue is paused, 5,000 tasks (1,000 of a backlog of that size) are claimed and
+    finished by two worker processes, pages of tasks are listed, and metrics scraped. The tables are
+    vacuumed and analysed after each step, and the other system's are emptied before each round.
     The order of claims is compared with priority, then age: a task that is claimed earlier or later
     than that is out of order by so many places; the notices that the broker may hold, and those
     that a worker has fetched, allow for 1,008. The rows of the table of targets are those of the
@@ -155,11 +156,13 @@ def _compare(run: Run, systems: _Systems, size: int, backlog: int) -> _Point:
     point = _Point(backlog or size)
     large, database = systems.large, systems.database
     with systems.empty.database(superuser=True) as own:
+        claims = min(run.size(CLAIMED, 500), backlog or CLAIMED)
         for _ in range(run.rounds):
+            own.execute("TRUNCATE tasks, attempts")
             for site, connection in ((large, database), (systems.empty, own)):
                 site.post("/queue/pause")
                 fill_backlog(connection, backlog if site is large else 0)
-                for name, cost_ms in _costs(run, site, connection).items():
+                for name, cost_ms in _costs(run, site, connection, claims).items():
                     costs = point.costs[name]
                     (costs.here if site is large else costs.empty).append(cost_ms)
     said = ", ".join(f"{name} {costs.ratio:.2f} ×" for name, costs in point.costs.items())
@@ -167,7 +170,9 @@ def _compare(run: Run, systems: _Systems, size: int, backlog: int) -> _Point:
     return point
 
 
-def _costs(run: Run, site: Site, connection: psycopg.Connection[Any]) -> dict[str, float]:
+def _costs(
+    run: Run, site: Site, connection: psycopg.Connection[Any], claims: int
+) -> dict[str, float]:
     """Return what each operation costs, in ms; the queue is paused before and after."""
     reads = run.size(50, 20)
     accept_ms = _accept(site, connection, run.seconds(4))
@@ -176,7 +181,7 @@ def _costs(run: Run, site: Site, connection: psycopg.Connection[Any]) -> dict[st
         "list": _median_ms(request("GET", f"{site.url}/tasks?limit=50"), reads),
         "scrape": _median_ms(request("GET", f"{site.url}/metrics"), reads),
         "exporter": _median_ms(request("GET", f"{site.url_of(EXPORTER)}/metrics"), reads),
-        "claim": _claim(site, connection),
+        "claim": _claim(site, connection, claims),
     }
 
 
@@ -194,21 +199,21 @@ def _accept(site: Site, connection: psycopg.Connection[Any], seconds: float) -> 
     return 1000 / found.rate
 
 
-def _claim(site: Site, connection: psycopg.Connection[Any]) -> float:
-    """Let 5,000 tasks or some more be worked off, and return what one takes."""
-    row = connection.execute(_QUEUED, (AGENT, CLAIMED)).fetchone()
-    if row is None or row[0] < CLAIMED:
-        body = [{"action": AGENT}] * BATCH
+def _claim(site: Site, connection: psycopg.Connection[Any], count: int) -> float:
+    """Let so many tasks or some more be worked off, and return what one takes."""
+    row = connection.execute(_QUEUED, (AGENT, count)).fetchone()
+    if row is None or row[0] < count:
+        body = [{"action": AGENT}] * min(BATCH, count)
         batch = request("POST", f"{site.url}/tasks/batch", body)
-        fire(batch, 1, total=CLAIMED // BATCH).require("202")
+        fire(batch, 1, total=-(-count // BATCH)).require("202")
     now = connection.execute("SELECT clock_timestamp()").fetchone()
     assert now is not None
 
     def finished() -> Sequence[Any]:
-        return connection.execute(_FINISHED, (AGENT, now[0], CLAIMED)).fetchone() or (0, 0.0)
+        return connection.execute(_FINISHED, (AGENT, now[0], count)).fetchone() or (0, 0.0)
 
     site.post("/queue/resume")
-    pause_until(lambda: finished()[0] >= CLAIMED, 300, f"{CLAIMED} tasks have ended", every_s=0.1)
+    pause_until(lambda: finished()[0] >= count, 300, f"{count} tasks have ended", every_s=0.1)
     site.post("/queue/pause")
     _await_quiet(connection)
     done, seconds = finished()
@@ -241,7 +246,7 @@ def _order(site: Site, connection: psycopg.Connection[Any]) -> tuple[int, int]:
     Also how many still wait that should have gone before the last one that was claimed.
     """
     now = connection.execute("SELECT clock_timestamp()").fetchone()
-    _claim(site, connection)
+    _claim(site, connection, CLAIMED)
     claimed = connection.execute(_CLAIMED, now).fetchall()
     order = {task_id: place for place, (task_id, _) in enumerate(sorted(claimed, key=_due))}
     displaced = max(abs(order[task_id] - place) for place, (task_id, _) in enumerate(claimed))
