@@ -295,6 +295,8 @@ def rescue(connection: Connection, lost: Select[Any], *, own_process: bool = Fal
         died = own_process or row.worker_is_dead
         charged = own_process or (row.worker_is_dead and row.ran_alone)
         ended += _rescue_one(connection, row, charged=charged, alone=died) or ()
+    if rows:
+        connection.execute(*statements.ring_children([row.task_id for row in rows]))
     return Rescued(len(rows), ended)
 
 

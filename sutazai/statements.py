@@ -593,6 +593,26 @@ _RING_AGAIN = text(
 )
 
 
+def ring_children(parent_ids: Sequence[UUID]) -> Ready:
+    """Make queued children due whose notices a process that died may not have published any more.
+
+    What somebody works on just now is left out.
+    """
+    return Ready(_RING_CHILDREN, {"parent_ids": list(parent_ids)})
+
+
+_RING_CHILDREN = text(
+    """
+    UPDATE tasks SET next_ring_at = now()
+    WHERE task_id = ANY(ARRAY(
+        SELECT task_id FROM tasks
+        WHERE parent_id = ANY(CAST(:parent_ids AS uuid[])) AND finished_at IS NULL
+          AND state = 'queued' AND rings > 0
+        FOR UPDATE SKIP LOCKED))
+    """
+)
+
+
 @cache
 def become_due(limit: int) -> Update:
     """Let rows whose time has come be rung."""

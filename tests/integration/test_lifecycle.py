@@ -370,6 +370,21 @@ def _family() -> tuple[UUID, UUID, UUID]:
     return parent, child.task_id, child_claim
 
 
+def test_children_whose_notices_died_with_their_parents_process_are_rung_at_once() -> None:
+    parent = accept()
+    claim(parent)
+    children = [Submission(work, {}, parent_id=parent, call_index=call) for call in (1, 2)]
+    with db.transaction() as connection:
+        for child in children:
+            admission.accept(connection, child, rung=True)
+    queued, running = (child.task_id for child in children)
+    claim(running)
+    assert _rung(statements.ring_overdue("tester", 10)) == []
+    expire_lease(parent)
+    assert rescue().tasks == 1
+    assert set(_rung(statements.ring_overdue("tester", 10))) == {queued}
+
+
 def test_a_waiting_parent_ends_as_its_child_does() -> None:
     parent, child, claim_id = _family()
     assert read(parent).state == "waiting"
