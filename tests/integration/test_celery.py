@@ -14,6 +14,7 @@ import httpx
 import pytest
 import redis
 from celery import chain, chord, group
+from kombu import Connection
 from sqlalchemy import func, select
 
 from sutazai import db
@@ -127,8 +128,11 @@ def test_tasks_that_would_start_others_are_refused(app: Any) -> None:
     assert rows() == 3
 
 
-def test_publishing_uses_one_client_until_its_connections_are_given_up(app: Any) -> None:
-    with app.connection_for_write() as connection:
+def test_publishing_uses_one_client_until_its_connections_are_given_up(
+    database: Servers,
+) -> None:
+    # Named in full: kombu remembers what `redis` meant when it was first used in this process.
+    with Connection(database.broker_url, transport="sutazai.transport:Transport") as connection:
         channel = connection.default_channel
         with channel.conn_or_acquire() as first, channel.conn_or_acquire() as second:
             assert second is first
