@@ -184,6 +184,7 @@ def _wanted(sample: Sample) -> Mapping[str, Executable | db.Ready]:
         "tasks_page": statements.tasks_page(**page),
         "tasks_page of all agents": statements.tasks_page(limit=50),
         "tasks_page before a cursor": statements.tasks_page(**page, before=sample.ended),
+        "tasks_page of succeeded ones": statements.tasks_page(**page, states=["succeeded"]),
         "tasks_page of failed ones": statements.tasks_page(**page, states=["failed"]),
         "tasks_page of running ones": statements.tasks_page(**page, states=["running"]),
         "tasks_page of cancelled ones": statements.tasks_page(**page, states=["cancelled"]),

@@ -580,36 +580,24 @@ def ring_again(agent: str | None = None) -> TextClause:
     return _RING_AGAIN.bindparams(agent=agent)
 
 
-# An array, because with a join the planner reads all of history.
-_RING_AGAIN = text(
-    """
-    UPDATE tasks SET next_ring_at = now()
-    WHERE task_id = ANY(ARRAY(
-        SELECT task_id FROM tasks
-        WHERE state = 'queued' AND rings > 0
-          AND (CAST(:agent AS text) IS NULL OR agent = :agent)
-        FOR UPDATE SKIP LOCKED))
-    """
-)
-
-
 def ring_children(parent_ids: Sequence[UUID]) -> Ready:
-    """Make queued children due whose notices a process that died may not have published any more.
-
-    What somebody works on just now is left out.
-    """
+    """Do the same for unfinished children, whose notices died with their parents' process."""
     return Ready(_RING_CHILDREN, {"parent_ids": list(parent_ids)})
 
 
-_RING_CHILDREN = text(
-    """
+# An array, because with a join the planner reads all of history.
+_RING = """
     UPDATE tasks SET next_ring_at = now()
     WHERE task_id = ANY(ARRAY(
         SELECT task_id FROM tasks
-        WHERE parent_id = ANY(CAST(:parent_ids AS uuid[])) AND finished_at IS NULL
-          AND state = 'queued' AND rings > 0
+        WHERE state = 'queued' AND rings > 0 AND {which}
         FOR UPDATE SKIP LOCKED))
-    """
+"""
+
+_RING_AGAIN = text(_RING.format(which="(CAST(:agent AS text) IS NULL OR agent = :agent)"))
+_RING_CHILDREN = text(
+    # The second is what the index of children wants to hear.
+    _RING.format(which="parent_id = ANY(CAST(:parent_ids AS uuid[])) AND finished_at IS NULL")
 )
 
 
