@@ -76,6 +76,11 @@ def get(name: str, **bound: Any) -> structlog.stdlib.BoundLogger:
     return logger
 
 
+def bind(**values: Any) -> None:
+    """Add fields to every further line of this asyncio task; it is to end soon."""
+    structlog.contextvars.bind_contextvars(**values)
+
+
 @contextmanager
 def fields(**values: Any) -> Iterator[None]:
     """Add fields to every line that is logged within, on this thread or in this asyncio task."""

@@ -68,7 +68,7 @@ DEFAULT_PRIORITY = 5
 class Options(BaseModel):
     """How a task is to be handled, whatever its action."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     priority: int = Field(
         default=DEFAULT_PRIORITY, ge=0, le=9, description="0 to 9; 9 is the most urgent."
@@ -111,13 +111,17 @@ class Options(BaseModel):
         return self.concurrency_key is not None and self.on_conflict != "enqueue"
 
 
+NO_OPTIONS = Options()
+"""What most tasks are handed over with: to make a model costs more than to read it."""
+
+
 @dataclass(frozen=True)
 class Submission:
     """One task to be accepted."""
 
     action: Action[Any, Any]
     params: Mapping[str, Any]
-    options: Options = field(default_factory=Options)
+    options: Options = NO_OPTIONS
     source: str = "api"
     task_id: UUID = field(default_factory=new_id)
     parent_id: UUID | None = None

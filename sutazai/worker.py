@@ -39,7 +39,7 @@ from sutazai.journal import Journal
 from sutazai.keeper import Identity
 from sutazai.reports import Reports, Word
 from sutazai.state import Outcome, State
-from sutazai.submission import Options, Submission
+from sutazai.submission import NO_OPTIONS, Submission
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Row
@@ -156,7 +156,7 @@ class Attempt:
             params = params.model_dump(mode="json", exclude_unset=True)
         self._calls += 1
         child = Submission(
-            action, params, Options(), "task", parent_id=self.task_id, call_index=self._calls
+            action, params, NO_OPTIONS, "task", parent_id=self.task_id, call_index=self._calls
         )
         bell = self._site.bell
         rung = admission.will_ring(child, bell)
@@ -397,7 +397,7 @@ def adopt(
             raise InvalidInput(f"it came to the queue {site.identity.agent}")
         if args:
             raise InvalidInput("it takes named parameters only")
-        submission = Submission(action, params, Options(), "celery", task_id)
+        submission = Submission(action, params, NO_OPTIONS, "celery", task_id)
         with db.transaction() as connection:
             accepted = admission.accept(connection, submission, rung=True)
     except SutazaiError as error:

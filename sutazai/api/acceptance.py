@@ -11,8 +11,10 @@ from starlette.responses import Response
 
 from sutazai import admission, record, statements
 from sutazai.admission import Accepted
+from sutazai.agent import Action, Agent
 from sutazai.api import signals, store
 from sutazai.api.answer import json_answer
+from sutazai.api.body import require_text
 from sutazai.api.front import Front
 from sutazai.errors import InvalidInput
 from sutazai.state import State
@@ -102,6 +104,14 @@ def replayed(accepted: Accepted) -> dict[str, str]:
 async def find(task_id: UUID) -> Row[Any] | None:
     """Return a task's row; None when no task has this id."""
     return await store.first(statements.task(task_id))
+
+
+def read_action(agent: Agent, body: dict[str, Any]) -> Action[Any, Any]:
+    """Return the action that a body names; raises `InvalidInput` and `UnknownAction`."""
+    if not isinstance(body.get("action"), str):
+        known = ", ".join(sorted(agent.actions))
+        require_text(body, "action", f"Name the action in the field action; one of: {known}.")
+    return agent.get(body["action"])
 
 
 def read_key(request: Request, alias: Any, field: str) -> Any:

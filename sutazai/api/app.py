@@ -183,5 +183,5 @@ async def _refuse_http(request: Request, error: Exception) -> Response:
             f"{request.method} is not allowed here; allowed: {allowed}.",
             headers=error.headers,
         )
-    code = "request_timeout" if error.status_code == 408 else errors.SutazaiError.code
+    code = errors.SutazaiError.code
     return error_answer(error.status_code, code, error.detail, headers=error.headers)

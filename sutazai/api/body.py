@@ -1,4 +1,4 @@
-"""Reading what a client sends: a JSON object of bounded size, within a bounded time."""
+"""Reading what a client sends: a JSON object of bounded size; `Protocol` bounds its time."""
 
 from __future__ import annotations
 
@@ -7,16 +7,12 @@ from email.message import Message
 from typing import Any, TypeVar
 
 from pydantic import BaseModel
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from sutazai import payload
 from sutazai.errors import InvalidInput, MalformedJSON, PayloadTooLarge, UnsupportedMediaType
 
 MAX_BODY_BYTES = 1 << 20
-
-READ_WITHIN_S = 10.0
-"""A client that needs longer to send its body is told so, and loses the connection."""
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -55,17 +51,11 @@ async def _read(request: Request, most_bytes: int) -> bytes:
         raise _too_large(most_bytes)
     chunks: list[bytes] = []
     size = 0
-    try:
-        async with asyncio.timeout(READ_WITHIN_S):
-            async for chunk in request.stream():
-                size += len(chunk)
-                if size > most_bytes:
-                    raise _too_large(most_bytes)
-                chunks.append(chunk)
-    except TimeoutError:
-        raise HTTPException(
-            408, f"The body did not arrive within {READ_WITHIN_S:g} s.", {"Connection": "close"}
-        ) from None
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size > most_bytes:
+            raise _too_large(most_bytes)
+        chunks.append(chunk)
     return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
 

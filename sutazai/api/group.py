@@ -6,6 +6,7 @@ While the writer is busy, rows wait for each other; a row that comes alone waits
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import NamedTuple
 
 from sutazai import statements
@@ -22,6 +23,7 @@ class _Waiting(NamedTuple):
     submission: Submission
     rung: bool
     inserted: asyncio.Future[bool]
+    since: float
 
 
 class Group:
@@ -36,26 +38,25 @@ class Group:
         It has neither an idempotency key nor a conflict to resolve. Raises `DatabaseUnavailable`
         when that takes too long, and then it may be there or not.
         """
-        inserted = asyncio.get_running_loop().create_future()
-        self._together.add(_Waiting(submission, rung, inserted))
-        try:
-            return await asyncio.wait_for(inserted, store.WITHIN_S)
-        except TimeoutError:
-            raise DatabaseUnavailable("PostgreSQL did not answer in time; try again.") from None
+        inserted: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._together.add(_Waiting(submission, rung, inserted, time.monotonic()))
+        return await inserted
 
     async def _write(self, taken: list[_Waiting]) -> None:
-        # Those who gave up waiting have been told that nothing was accepted.
-        if rows := [row for row in taken if not row.inserted.done()]:
-            await self._insert(rows)
+        # A row has no timer of its own: those of one statement share what is left to the first.
+        await self._insert(taken, taken[0].since + store.WITHIN_S)
 
-    async def _insert(self, rows: list[_Waiting]) -> None:
+    async def _insert(self, rows: list[_Waiting], until: float) -> None:
         if len(rows) == 1:
             statement = statements.accept(rows[0].submission.row, rung=rows[0].rung)
         else:
             rung = {row.submission.task_id for row in rows if row.rung}
             statement = statements.accept_many([row.submission.row for row in rows], rung=rung)
         try:
-            found = {row.task_id for row in await store.rows(statement)}
+            found = {
+                row.task_id
+                for row in await store.rows(statement, within_s=until - time.monotonic())
+            }
         except DatabaseUnavailable as error:
             self._refuse(rows, error)
         except Exception as error:
@@ -64,7 +65,7 @@ class Group:
             else:
                 # One of them is at fault, and the others must not pay for it.
                 for row in rows:
-                    await self._insert([row])
+                    await self._insert([row], until)
         else:
             for row in rows:
                 if not row.inserted.done():

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import re
 import time
-from uuid import uuid4
 
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -17,6 +16,7 @@ from sutazai import log
 from sutazai.api.answer import error_answer
 from sutazai.errors import SutazaiError
 from sutazai.metrics import UNMATCHED, FrontMetrics
+from sutazai.models import new_id
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,200}")
 
@@ -48,19 +48,19 @@ class Entrance:
             await send(message)
 
         began = time.perf_counter()
-        with log.fields(request_id=request_id):
-            try:
-                await self._app(scope, receive, send_with_id)
-            except ClientDisconnect:
-                _logger.debug("the client went away", path=scope["path"])
-            except Exception:
-                _logger.exception("a request failed", method=scope["method"], path=scope["path"])
-                if not status:
-                    await _internal_error()(scope, receive, send_with_id)
-            seconds = time.perf_counter() - began
-            # Nothing was sent to a client that went away; nginx counts that as 499 too.
-            self._metrics.observe(_template(scope), status or 499, seconds)
-            self._log(scope, status, seconds)
+        log.bind(request_id=request_id)  # each request is handled in a task of its own
+        try:
+            await self._app(scope, receive, send_with_id)
+        except ClientDisconnect:
+            _logger.debug("the client went away", path=scope["path"])
+        except Exception:
+            _logger.exception("a request failed", method=scope["method"], path=scope["path"])
+            if not status:
+                await _internal_error()(scope, receive, send_with_id)
+        seconds = time.perf_counter() - began
+        # Nothing was sent to a client that went away; nginx counts that as 499 too.
+        self._metrics.observe(_template(scope), status or 499, seconds)
+        self._log(scope, status, seconds)
 
     def _log(self, scope: Scope, status: int, seconds: float) -> None:
         level = logging.ERROR if status >= 500 else logging.DEBUG
@@ -79,7 +79,7 @@ class Entrance:
 def _request_id(scope: Scope) -> str:
     values = (value for name, value in scope["headers"] if name == b"x-request-id")
     given: str = next(values, b"").decode("latin-1")
-    return given if _REQUEST_ID.fullmatch(given) else uuid4().hex
+    return given if _REQUEST_ID.fullmatch(given) else new_id().hex
 
 
 def _template(scope: Scope) -> str:

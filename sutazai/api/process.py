@@ -10,14 +10,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from sutazai import errors, payload
-from sutazai.api.acceptance import accept, answer_accepted, read_key, replayed
+from sutazai.api.acceptance import accept, answer_accepted, read_action, read_key, replayed
 from sutazai.api.answer import error_answer, json_answer
-from sutazai.api.body import parse_query, read_object, require_text
+from sutazai.api.body import parse_query, read_object
 from sutazai.api.front import Front, front_of
 from sutazai.api.prefer import Preference, read_preference
 from sutazai.errors import DatabaseUnavailable
 from sutazai.state import State
-from sutazai.submission import DEFAULT_PRIORITY, Options, Submission
+from sutazai.submission import DEFAULT_PRIORITY, NO_OPTIONS, Options, Submission
 
 if TYPE_CHECKING:
     from sqlalchemy import Row
@@ -48,10 +48,14 @@ class ProcessQuery(BaseModel):
         return Options(priority=self.priority, max_attempts=self.max_attempts)
 
 
+_NO_QUERY = ProcessQuery()
+"""What most requests ask for."""
+
+
 async def process(request: Request) -> Response:
     """Perform an action and answer with its result, or with 202 when that takes too long."""
     front = front_of(request)
-    query = parse_query(ProcessQuery, request) if request.scope["query_string"] else ProcessQuery()
+    query = parse_query(ProcessQuery, request) if request.scope["query_string"] else _NO_QUERY
     body = await read_object(request)
     key = read_key(request, body.pop("request_id", None), "request_id")
     submission = _submission(front, body, query, key)
@@ -65,15 +69,11 @@ async def process(request: Request) -> Response:
 def _submission(front: Front, body: dict[str, Any], query: ProcessQuery, key: Any) -> Submission:
     agent = front.agent
     if "action" not in body and agent.default_action:
-        name = agent.default_action
+        action = agent.get(agent.default_action)
     else:
-        known = ", ".join(sorted(agent.actions))
-        name = require_text(
-            body, "action", f"Name the action in the field action; one of: {known}."
-        )
-    action = agent.get(name)
+        action = read_action(agent, body)
     params = {field: value for field, value in body.items() if field != "action"}
-    options = query.options
+    options = NO_OPTIONS if query is _NO_QUERY else query.options
     if key is not None:
         known_options = options.model_dump(exclude_unset=True)
         values = {**known_options, "idempotency_key": key}

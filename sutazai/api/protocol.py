@@ -1,23 +1,23 @@
-"""HTTP/1.1 with bounds that uvicorn does not set: on the size of headers and on their time.
+"""HTTP/1.1 with bounds that uvicorn does not set: on the size of headers, and on all arrivals.
 
-Without them a client that sends one header byte a minute keeps its connection for ever, and one
-that never ends its header fills the memory.
+Without them a client that sends one byte a minute keeps its connection for ever, and one that never
+ends its header fills the memory.
 """
 
 from __future__ import annotations
 
 import asyncio
 from typing import Any
-from uuid import uuid4
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from sutazai.api.answer import error_answer
+from sutazai.models import new_id
 
 MAX_HEADER_BYTES = 64 * 1024
 
 ARRIVE_WITHIN_S = 10.0
-"""How long the header of a request may take, and the rest of a body that nobody reads."""
+"""How long the header of a request may take to arrive, and its body."""
 
 
 class Protocol(HttpToolsProtocol):
@@ -30,7 +30,7 @@ class Protocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for a request."""
-        super().connection_made(transport)
+        super().connection_made(_Gathering(transport, self.loop))  # type: ignore[arg-type]
         self._arm()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -49,7 +49,9 @@ class Protocol(HttpToolsProtocol):
             if self._header_bytes > MAX_HEADER_BYTES:
                 self._refuse(431, "header_too_large", "The header is larger than 64 KiB.")
                 return
-        if self._timer is None and (self.cycle is None or self.cycle.response_complete):
+        # A request that has come whole needs no timer, and most do.
+        is_idle = self.cycle is None or self.cycle.response_complete
+        if self._timer is None and (is_idle or not self._in_header):
             self._arm()
 
     def on_headers_complete(self) -> None:
@@ -63,6 +65,7 @@ class Protocol(HttpToolsProtocol):
         """Expect the next header."""
         self._in_header = True
         self._requests += 1
+        self._disarm()
         super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
@@ -81,13 +84,49 @@ class Protocol(HttpToolsProtocol):
         self._timer = None
         if self.cycle is None or self.cycle.response_complete:
             self.transport.close()
-        else:
+        elif self._in_header or self.cycle.response_started:
             self._arm()
+        else:
+            # Whoever waits for the body is told that nobody is there any more.
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+            message = f"The body did not arrive within {ARRIVE_WITHIN_S:g} s."
+            self._refuse(408, "request_timeout", message)
 
     def _refuse(self, status: int, code: str, message: str) -> None:
-        headers = {"Connection": "close", "X-Request-ID": uuid4().hex}
+        headers = {"Connection": "close", "X-Request-ID": new_id().hex}
         answer: Any = error_answer(status, code, message, headers=headers)
         lines = [b"HTTP/1.1 %d Refused\r\n" % status]
         lines += [name + b": " + value + b"\r\n" for name, value in answer.raw_headers]
         self.transport.write(b"".join([*lines, b"\r\n", answer.body]))
         self.transport.close()
+
+
+class _Gathering:
+    """A transport that sends the head and the body of an answer with one system call, not two."""
+
+    __slots__ = ("_held", "_loop", "_transport")
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport = transport
+        self._loop = loop
+        self._held: list[bytes] = []
+
+    def write(self, data: bytes) -> None:
+        """Send soon: together with what else is written before the event loop turns."""
+        if not self._held:
+            self._loop.call_soon(self._flush)
+        self._held.append(data)
+
+    def close(self) -> None:
+        """Close when all is sent."""
+        self._flush()
+        self._transport.close()
+
+    def _flush(self) -> None:
+        held, self._held = self._held, []
+        if held:
+            self._transport.write(held[0] if len(held) == 1 else b"".join(held))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)

@@ -13,16 +13,16 @@ from starlette.responses import Response
 from sutazai import callbacks, lifecycle, payload, record, statements
 from sutazai.agent import Agent, normalise
 from sutazai.api import store
-from sutazai.api.acceptance import accept, answer_accepted, find, read_key
+from sutazai.api.acceptance import accept, answer_accepted, find, read_action, read_key
 from sutazai.api.answer import json_answer
-from sutazai.api.body import parse_query, read_object, require_text
+from sutazai.api.body import parse_query, read_object
 from sutazai.api.front import Front, front_of
 from sutazai.api.prefer import MAX_WAIT_S
 from sutazai.api.signals import tell_ended
 from sutazai.errors import Conflict, InvalidInput, TaskNotFound
 from sutazai.lifecycle import Ended
 from sutazai.state import State
-from sutazai.submission import Instant, Options, Submission
+from sutazai.submission import NO_OPTIONS, Instant, Options, Submission
 
 if TYPE_CHECKING:
     from sqlalchemy import Row, TextClause
@@ -81,14 +81,12 @@ def read_submission(
             f"{unknown[0]}: the body has the fields action, params and options only.",
             details=[{"field": name, "message": "It is not known here."} for name in unknown],
         )
-    known = ", ".join(sorted(agent.actions))
-    name = require_text(body, "action", f"Name the action in the field action; one of: {known}.")
-    action = agent.get(name)
+    action = read_action(agent, body)
     params, options = read_member(body, "params"), read_member(body, "options")
     if request is not None:
         key = read_key(request, options.get("idempotency_key"), "options.idempotency_key")
         options |= {} if key is None else {"idempotency_key": key}
-    chosen = Options()
+    chosen = NO_OPTIONS
     if options:
         chosen = payload.parse(Options, options, strict=True, prefix="options")
     return Submission(action, params, callbacks.checked(chosen), source)

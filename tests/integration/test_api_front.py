@@ -416,7 +416,7 @@ def test_a_connection_that_dawdles_is_closed(front: Front, monkeypatch: pytest.M
 
 
 def test_a_body_that_dawdles_is_refused(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sutazai.api.body.READ_WITHIN_S", 0.3)
+    monkeypatch.setattr(protocol, "ARRIVE_WITHIN_S", 0.3)
     with socket.create_connection(("127.0.0.1", front.port), timeout=10) as connection:
         connection.sendall(
             b"POST /process HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
