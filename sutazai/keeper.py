@@ -214,6 +214,7 @@ class Keeper(threading.Thread):
                 connection.execute(statements.ring_again(identity.agent))
         if gone:
             redis.announce_ended(rescued.ended)
+            redis.announce_due()
             _logger.warning("took over from a dead worker", rescued=rescued.tasks)
 
     def drain(self) -> None:
@@ -223,7 +224,7 @@ class Keeper(threading.Thread):
         self._wake()
 
     def lost_notice(self, task_ids: Iterable[UUID]) -> None:
-        """Ring tasks again soon whose process died: it may not have claimed them yet."""
+        """Ring tasks again whose process died: it may not have claimed them yet."""
         self._lost.extend(task_ids)
         self._wake()
 
@@ -418,9 +419,8 @@ class Keeper(threading.Thread):
 
     def _take_back_crashed(self) -> None:
         own = os.getpid()
-        for running in list(self._running.values()):
-            if running.pid == own or _is_alive(running.pid):
-                continue
+        dead = [r for r in self._running.values() if r.pid != own and not _is_alive(r.pid)]
+        for running in dead:
             self._take_reports()
             if running.claim_id not in self._running:
                 continue
@@ -436,12 +436,15 @@ class Keeper(threading.Thread):
             _logger.warning(
                 "the process of a task died", task_id=str(running.task_id), rescued=rescued.tasks
             )
+        if dead:
+            redis.announce_due()
 
     def _ring_lost(self) -> None:
         if lost := list(self._lost):
-            db.run(statements.ring_failed(lost))
+            db.run(statements.ring_failed(lost, after_s=0.0))
             for _ in lost:
                 self._lost.popleft()  # only now: while PostgreSQL is away it is tried again
+            redis.announce_due()
 
     def _finish_by_force(self, running: Running, error: TaskFailed, outcome: Outcome) -> None:
         """End an attempt's process, then record why; one that was late may be tried again.

@@ -1,12 +1,14 @@
 """The one Redis client: samples, registry, signals. Its absence degrades, it never fails a task.
 
 The broker is Celery's business; this is for what may be lost: the latest hardware sample, the
-registry of live agents, and the signals that wake waiting clients sooner than polling would.
+registry of live agents, and the signals that wake waiting clients, and the relay, sooner than
+polling would.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -26,6 +28,12 @@ T = TypeVar("T")
 
 PAUSE_AFTER_FAILURE_S = 2.0
 """After a failure Redis is left alone for this long, so that its absence costs no time-outs."""
+
+DUE_CHANNEL = "sutazai:due"
+"""Where relays are told that tasks have become due out of turn."""
+
+LISTEN_S = 5.0
+"""How late a listener notices that it was stopped."""
 
 _OPTIONS: dict[str, Any] = {
     "decode_responses": True,
@@ -118,6 +126,28 @@ def _publish_all(connection: library.Redis, ended: Sequence[Ended]) -> None:
             text = _event(gone.task_id, {"kind": "state", "state": gone.state})
             together.publish(events_channel(gone.agent), text)
         together.execute()
+
+
+def announce_due() -> None:
+    """Tell the relays that tasks have become due out of turn; losing it costs them a pass."""
+    attempt(lambda connection: connection.publish(DUE_CHANNEL, ""))
+
+
+def listen(channel: str, heard: Callable[[], None], stopping: threading.Event) -> None:
+    """Call back when something is published, and when it may have been missed, until stopped."""
+    while not stopping.is_set():
+        connection = client()
+        if connection is None:
+            return
+        try:
+            with connection.pubsub() as signals:  # type: ignore[no-untyped-call]
+                signals.subscribe(channel)
+                while not stopping.is_set():
+                    if signals.get_message(timeout=LISTEN_S) is not None:
+                        heard()
+        except (library.RedisError, OSError) as error:
+            _logger.debug("no signals from redis", error=str(error))
+        stopping.wait(PAUSE_AFTER_FAILURE_S)
 
 
 def _forget() -> None:

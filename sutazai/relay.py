@@ -37,6 +37,9 @@ STEADY_S = 10.0
 SLOW_S = 3.0
 """A transaction that takes longer is an outage too: nobody could extend a lease meanwhile."""
 
+GATHER_S = 0.02
+"""What is announced together is seen to together."""
+
 PACE_S = 0.5
 """A queue's pace is measured over so long at least, until its workers tell of claims."""
 
@@ -58,22 +61,28 @@ class Relay:
         self._bell = bell
         self._instance = f"{settings().host}:{uuid4()}"
         self._stopping = threading.Event()
+        self._due = threading.Event()
         self._steady_since: float | None = None
         self._was_away = False
         self._served_at = self._rescued_at = self._pruned_at = 0.0
         self._claims: dict[str, tuple[float, int]] = {}
         self._paces: dict[str, Pace] = {}
-        self._courier = threading.Thread(target=self._run_courier, name="courier", daemon=True)
+        self._helpers = [
+            threading.Thread(target=work, name=name, daemon=True)
+            for name, work in (("courier", self._run_courier), ("listener", self._listen))
+        ]
 
     def stop(self) -> None:
         """End `run` soon."""
         self._stopping.set()
+        self._due.set()
 
     def run(self) -> None:
         """Pass after pass, until stopped; an unreachable PostgreSQL is waited for."""
-        self._courier.start()
+        for helper in self._helpers:
+            helper.start()
         pause_s = IDLE_PASS_S
-        while not self._stopping.wait(pause_s):
+        while not self._is_stopped_after(pause_s):
             try:
                 pause_s = BUSY_PASS_S if self.round() else IDLE_PASS_S
             except DatabaseBusy as error:
@@ -88,6 +97,16 @@ class Relay:
                 pause_s = IDLE_PASS_S
                 _logger.exception("the relay failed in one pass")
         self._retire()
+
+    def _is_stopped_after(self, pause_s: float) -> bool:
+        """Wait for the next pass, and less when something is due at once."""
+        if self._due.wait(pause_s):
+            self._stopping.wait(GATHER_S)
+            self._due.clear()
+        return self._stopping.is_set()
+
+    def _listen(self) -> None:
+        redis.listen(redis.DUE_CHANNEL, self._due.set, self._stopping)
 
     def _run_courier(self) -> None:
         """Deliver callbacks beside the passes: receivers may be slow."""

@@ -540,12 +540,12 @@ def _ring(chosen: Any) -> Update:
     )
 
 
-def ring_failed(task_ids: Sequence[UUID]) -> Update:
-    """Make rows due in a second whose notice was not published, or lost; without doubling."""
+def ring_failed(task_ids: Sequence[UUID], *, after_s: float = 1.0) -> Update:
+    """Make rows due whose notice was not published, or lost; without doubling."""
     return (
         update(tasks)
         .where(_QUEUED, tasks.c.task_id.in_(task_ids), tasks.c.rings > 0)
-        .values(rings=tasks.c.rings - 1, next_ring_at=_NOW + _seconds(1.0))
+        .values(rings=tasks.c.rings - 1, next_ring_at=_NOW + _seconds(after_s))
     )
 
 
@@ -562,12 +562,15 @@ _COUNT_RUNG = text(
 )
 
 
+PUT_OFF_S = 1.0
+
+
 def put_off(task_id: UUID) -> Update:
     """Ring a task again in a second, which could not be claimed just now."""
     return (
         update(tasks)
         .where(_QUEUED, tasks.c.task_id == task_id)
-        .values(next_ring_at=_NOW + _seconds(1.0))
+        .values(next_ring_at=_NOW + _seconds(PUT_OFF_S))
     )
 
 
@@ -585,6 +588,11 @@ def ring_children(parent_ids: Sequence[UUID]) -> Ready:
     return Ready(_RING_CHILDREN, {"parent_ids": list(parent_ids)})
 
 
+def ring_put_off(agent: str) -> Ready:
+    """Do the same for what was put off, now that nothing must be alone any more."""
+    return Ready(_RING_PUT_OFF, {"agent": agent, "within_s": PUT_OFF_S})
+
+
 # An array, because with a join the planner reads all of history.
 _RING = """
     UPDATE tasks SET next_ring_at = now()
@@ -598,6 +606,9 @@ _RING_AGAIN = text(_RING.format(which="(CAST(:agent AS text) IS NULL OR agent = 
 _RING_CHILDREN = text(
     # The second is what the index of children wants to hear.
     _RING.format(which="parent_id = ANY(CAST(:parent_ids AS uuid[])) AND finished_at IS NULL")
+)
+_RING_PUT_OFF = text(
+    _RING.format(which="agent = :agent AND next_ring_at < now() + make_interval(secs => :within_s)")
 )
 
 

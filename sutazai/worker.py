@@ -323,6 +323,14 @@ class Attempt:
                 raise LeaseLost
             ended = [lifecycle.Ended(self.task_id, self._held.agent, known.state)]
         redis.announce_ended(ended)
+        if self._row.alone:
+            self._let_others_run()
+
+    def _let_others_run(self) -> None:
+        """Have those rung at once that were put off while this task had to be alone."""
+        with contextlib.suppress(DatabaseUnavailable):
+            db.run(statements.ring_put_off(self._held.agent))
+            redis.announce_due()
 
     def _resolve(self, target: Action[Any, Any] | str) -> Action[Any, Any]:
         if isinstance(target, Action):

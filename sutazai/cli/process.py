@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 import warnings
 from typing import Annotated
 
@@ -72,7 +73,8 @@ def relay() -> None:
     settings().require_services()
     running = Relay(bell())
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: running.stop())
+        # On a thread: a handler may interrupt whoever holds the locks that stopping needs.
+        signal.signal(number, lambda *_: threading.Thread(target=running.stop).start())
     running.run()
     bell().close()
 

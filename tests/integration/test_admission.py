@@ -551,6 +551,7 @@ def test_a_task_whose_process_died_runs_alone() -> None:
     place = site(identity)
     neighbour, suspect, late = (accept(hang).task_id for _ in range(3))
     query("UPDATE tasks SET alone = true WHERE task_id = :id", id=suspect)
+    query("UPDATE tasks SET rings = 1")
     with ThreadPoolExecutor(3) as pool:
         first = pool.submit(perform, place, neighbour, hang)
         _until(lambda: gauge.now == 1)
@@ -564,6 +565,7 @@ def test_a_task_whose_process_died_runs_alone() -> None:
         assert first.result(20)
         assert second.result(20)
     assert (gauge.runs, gauge.most) == (2, 1)
+    assert scalar("SELECT next_ring_at <= now() FROM tasks WHERE task_id = :id", id=late)
     assert perform(place, late, hang)
 
 

@@ -280,7 +280,9 @@ def taken(site: Site, numbers: tuple[int, ...]) -> dict[UUID, UUID]:
     return claims
 
 
-def test_a_process_that_dies_is_charged_to_the_task_that_ran(site: Site) -> None:
+def test_a_process_that_dies_is_charged_to_the_task_that_ran(
+    site: Site, relays_are_told: Any
+) -> None:
     claims = taken(site, (10, 11, 12))
     done, ran, waits = claims.items()
     child = os.fork()
@@ -295,6 +297,7 @@ def test_a_process_that_dies_is_charged_to_the_task_that_ran(site: Site) -> None
     watch._take_reports()
     assert watch._count(Word.BEGAN) == 1
     watch._take_back_crashed()
+    assert relays_are_told()
     found = db.run(text("SELECT state, crashes FROM tasks ORDER BY params"))
     assert [tuple(row) for row in found] == [("queued", 0), ("queued", 1), ("queued", 0)]
     assert not watch._running

@@ -71,6 +71,31 @@ def test_a_due_row_is_rung_and_not_again_at_once(bell: Any) -> None:
     assert depth(bell) == 3
 
 
+def test_a_relay_that_is_told_does_not_wait_for_its_next_pass(
+    bell: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sutazai.relay.IDLE_PASS_S", 600.0)
+    relay = Relay(bell)
+    running = threading.Thread(target=relay.run)
+    running.start()
+    try:
+        until(lambda: listeners() == 1)
+        accept(2)
+        redis.announce_due()
+        until(lambda: rings() == [1, 1])
+    finally:
+        relay.stop()
+        running.join(10)
+    assert not running.is_alive()
+
+
+def listeners() -> int:
+    client = redis.client()
+    assert client is not None
+    [(_, found)] = client.pubsub_numsub(redis.DUE_CHANNEL)
+    return int(found)
+
+
 def test_the_queue_holds_no_more_than_its_window(bell: Any) -> None:
     accept(WINDOW_MIN + 50)
     relay = Relay(bell)

@@ -438,7 +438,9 @@ def test_a_message_on_the_wrong_queue_is_neither_run_nor_adopted(site: Site) -> 
     assert not worker.adopt(site, double, new_id(), [], {})
 
 
-def test_a_new_worker_takes_over_at_once_what_its_dead_predecessor_ran(site: Site) -> None:
+def test_a_new_worker_takes_over_at_once_what_its_dead_predecessor_ran(
+    site: Site, relays_are_told: Any
+) -> None:
     dead = Identity("tester@here", "tester", "here", pid=2**22 + 1)
     submission = Submission(double, {}, Options())
     with db.transaction() as connection:
@@ -457,6 +459,7 @@ def test_a_new_worker_takes_over_at_once_what_its_dead_predecessor_ran(site: Sit
         )
     assert read(submission.task_id).state == State.RUNNING
     keeper_of(site).enlist()
+    assert relays_are_told()
     row = read(submission.task_id)
     assert (row.state, row.attempts[0]["outcome"]) == ("queued", "lost")
     with db.transaction() as connection:
@@ -464,6 +467,21 @@ def test_a_new_worker_takes_over_at_once_what_its_dead_predecessor_ran(site: Sit
             select(workers.c.stopped_at).where(workers.c.worker_id == dead.worker_id)
         ).scalar()
     assert stopped is not None
+
+
+def test_tasks_whose_notices_died_with_their_process_are_rung_again_at_once(
+    site: Site, relays_are_told: Any
+) -> None:
+    submission = Submission(double, {}, Options())
+    with db.transaction() as connection:
+        admission.accept(connection, submission, rung=True)
+    keeper = keeper_of(site)
+    keeper._ring_lost()
+    assert not relays_are_told(), "nothing was lost"
+    keeper.lost_notice([submission.task_id])
+    keeper._ring_lost()
+    assert relays_are_told()
+    assert db.run(text("SELECT next_ring_at <= now(), rings FROM tasks")) == [(True, 0)]
 
 
 def test_a_worker_whose_enlisting_was_never_confirmed_enlists_again(site: Site) -> None:
