@@ -160,7 +160,6 @@ def _wanted(sample: Sample) -> Mapping[str, Executable | db.Ready]:
     claimant: dict[str, Any] = {
         "agent": AGENT,
         "action": "echo",
-        "claim_id": uuid4(),
         "worker": f"{AGENT}@host",
         "worker_id": WORKER_ID,
         "host": "host",
@@ -171,12 +170,20 @@ def _wanted(sample: Sample) -> Mapping[str, Executable | db.Ready]:
         "accept_many of 100": statements.accept_many([_row(new_id()) for _ in range(100)]),
         "admission with a limit": statements.admission(AGENT, 10_000),
         "queue_position": statements.queue_position(new_id(), AGENT, 5),
-        "claim": statements.claim(sample.queued, **claimant),
+        "claim": statements.claim(sample.queued, **claimant, claim_id=uuid4()),
+        "claim_many of 16": statements.claim_many(
+            {task_id: uuid4() for task_id in [sample.queued, *(new_id() for _ in range(15))]},
+            **claimant,
+        ),
         "unclaimed": statements.unclaimed(sample.queued, WORKER_ID),
         "extend": statements.extend([attempt]),
         "finish": statements.finish(
             *attempt, State.SUCCEEDED, Outcome.SUCCEEDED, result={"number": 1}
         ),
+        "finish_many": statements.finish_many(
+            [statements.Ending(*attempt, State.SUCCEEDED, Outcome.SUCCEEDED, 0.0, 1.0, {})], 2.0
+        ),
+        "requeue": statements.requeue(*attempt, Outcome.RELEASED),
         "result": statements.result(sample.ended),
         "task": statements.task(sample.ended),
         "ended of 1,000": statements.ended([new_id() for _ in range(999)] + [sample.ended]),
@@ -211,6 +218,9 @@ def _wanted(sample: Sample) -> Mapping[str, Executable | db.Ready]:
         "ring_overdue": statements.ring_overdue(AGENT, 1000),
         "ring_overdue on an empty queue": statements.ring_overdue(AGENT, 1000, empty=range(10)),
         "ring_again of an agent": statements.ring_again(AGENT),
+        "ring_children": statements.ring_children([sample.ended]),
+        "ring_put_off": statements.ring_put_off(AGENT),
+        "ring_failed": statements.ring_failed([sample.queued]),
         "past_deadline": statements.past_deadline(500),
         "lease_expired": statements.lease_expired(1000),
         "prune": statements.prune({AGENT: RETENTION}, otherwise=RETENTION, limit=1000),

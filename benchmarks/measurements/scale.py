@@ -28,6 +28,7 @@ from benchmarks.place import AGENT, BATCH, Site, pause_until, running
 
 EXPORTER = "ai-metrics-exporter"
 CLAIMED = 5_000
+PAGE = 50
 MIB = 2**20
 
 WITHIN, LATER = at_most(1.5, Of.RATIO), at_most(1.2, Of.RATIO)
@@ -90,7 +91,8 @@ def scale(run: Run) -> Finding:
     a tenth of them of each priority. At every size single tasks are accepted on 16 connections
     while the queue is paused, 5,000 tasks (1,000 of a backlog of that size) are claimed and
     finished by two worker processes, pages of tasks are listed, and metrics scraped. The tables are
-    vacuumed and analysed after each step, and the other system's are emptied before each round.
+    vacuumed and analysed after each step, and the other system's are emptied before each round, but
+    for a page of tasks.
     The order of claims is compared with priority, then age: a task that is claimed earlier or later
     than that is out of order by so many places; the notices that the broker may hold, and those
     that a worker has fetched, allow for 1,008. The rows of the table of targets are those of the
@@ -159,6 +161,7 @@ def _compare(run: Run, systems: _Systems, size: int, backlog: int) -> _Point:
         claims = min(run.size(CLAIMED, 500), backlog or CLAIMED)
         for _ in range(run.rounds):
             own.execute("TRUNCATE tasks, attempts")
+            fill_history(own, 0, 2 * PAGE, run.say)  # so that both list a whole page
             for site, connection in ((large, database), (systems.empty, own)):
                 site.post("/queue/pause")
                 fill_backlog(connection, backlog if site is large else 0)
@@ -178,7 +181,7 @@ def _costs(
     accept_ms = _accept(site, connection, run.seconds(4))
     return {
         "accept": accept_ms,
-        "list": _median_ms(request("GET", f"{site.url}/tasks?limit=50"), reads),
+        "list": _median_ms(request("GET", f"{site.url}/tasks?limit={PAGE}"), reads),
         "scrape": _median_ms(request("GET", f"{site.url}/metrics"), reads),
         "exporter": _median_ms(request("GET", f"{site.url_of(EXPORTER)}/metrics"), reads),
         "claim": _claim(site, connection, claims),
@@ -280,7 +283,7 @@ def _lists(empty: Site, large: Site) -> list[list[str]]:
     for title, query in _LISTS.items():
         cells = [title]
         for site in (large, empty):
-            wanted = request("GET", f"{site.url}/tasks?limit=50{query}")
+            wanted = request("GET", f"{site.url}/tasks?limit={PAGE}{query}")
             fire(wanted, 1, total=3)
             found = fire(wanted, 1, total=5)
             bad = [status for status in found.statuses if status != "200"]
