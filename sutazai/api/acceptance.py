@@ -14,7 +14,6 @@ from sutazai.admission import Accepted
 from sutazai.agent import Action, Agent
 from sutazai.api import signals, store
 from sutazai.api.answer import json_answer
-from sutazai.api.body import require_text
 from sutazai.api.front import Front
 from sutazai.errors import InvalidInput
 from sutazai.state import State
@@ -108,10 +107,15 @@ async def find(task_id: UUID) -> Row[Any] | None:
 
 def read_action(agent: Agent, body: dict[str, Any]) -> Action[Any, Any]:
     """Return the action that a body names; raises `InvalidInput` and `UnknownAction`."""
-    if not isinstance(body.get("action"), str):
+    name = body.get("action")
+    if not isinstance(name, str):
         known = ", ".join(sorted(agent.actions))
-        require_text(body, "action", f"Name the action in the field action; one of: {known}.")
-    return agent.get(body["action"])
+        problem = "It must be a string." if "action" in body else "It is required."
+        raise InvalidInput(
+            f"Name the action in the field action; one of: {known}.",
+            details=[{"field": "action", "message": problem}],
+        )
+    return agent.get(name)
 
 
 def read_key(request: Request, alias: Any, field: str) -> Any:

@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping
 
 from fastapi import FastAPI
-from starlette.exceptions import HTTPException
-from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from sutazai import errors
 from sutazai.agent import Agent
 from sutazai.api import (
     actions,
@@ -27,7 +24,6 @@ from sutazai.api import (
     schedules,
     tasks,
 )
-from sutazai.api.answer import error_answer, refusal
 from sutazai.api.front import Front
 from sutazai.api.group import Group
 from sutazai.api.health import Health
@@ -37,7 +33,6 @@ from sutazai.api.position import Positions
 from sutazai.api.sample import SAMPLER, Sample
 from sutazai.api.waiting import Waiting
 from sutazai.bell import Bell
-from sutazai.errors import MethodNotAllowed, NotFound, SutazaiError
 from sutazai.metrics import FrontMetrics
 
 Endpoint = Callable[[Request], Awaitable[Response]]
@@ -107,8 +102,6 @@ def create_app(
         outcomes=Outcomes(),
     )
     app.add_middleware(Entrance, metrics=metrics, agent=agent.name)
-    app.add_exception_handler(SutazaiError, _refuse)
-    app.add_exception_handler(HTTPException, _refuse_http)
     app.router.routes.extend(_routes())
     document = openapi.describe(agent)
     app.openapi = lambda: document  # type: ignore[method-assign]
@@ -118,12 +111,12 @@ def create_app(
 class _App(FastAPI):
     """FastAPI without the layers that no route here needs; each is paid for by every request.
 
-    `Entrance` answers what fails and bodies are bounded where they are read; no route has
-    dependencies, and FastAPI's telemetry looks for its configuration at each request.
+    `Entrance` answers what is refused or fails; no route has dependencies, and FastAPI's telemetry
+    looks for its configuration at each request.
     """
 
     def build_middleware_stack(self) -> ASGIApp:
-        app: ASGIApp = ExceptionMiddleware(self.router, handlers=self.exception_handlers)
+        app: ASGIApp = self.router
         for layer, args, options in reversed(self.user_middleware):
             app = layer(app, *args, **options)
         return app
@@ -163,25 +156,3 @@ class _ByMethod:
         method = "GET" if request.method == "HEAD" else request.method
         answer = await self._endpoints[method](request)
         await answer(scope, receive, send)
-
-
-async def _refuse(_: Request, error: Exception) -> Response:
-    assert isinstance(error, SutazaiError)  # noqa: S101 - registered for this class
-    return refusal(error)
-
-
-async def _refuse_http(request: Request, error: Exception) -> Response:
-    """Answer what Starlette refuses: unknown addresses and wrong methods."""
-    assert isinstance(error, HTTPException)  # noqa: S101 - registered for this class
-    if error.status_code == 404:
-        return refusal(NotFound(f"There is nothing at {request.url.path}; see /docs."))
-    if error.status_code == 405:
-        allowed = (error.headers or {}).get("Allow", "")
-        return error_answer(
-            405,
-            MethodNotAllowed.code,
-            f"{request.method} is not allowed here; allowed: {allowed}.",
-            headers=error.headers,
-        )
-    code = errors.SutazaiError.code
-    return error_answer(error.status_code, code, error.detail, headers=error.headers)

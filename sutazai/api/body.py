@@ -7,9 +7,11 @@ from email.message import Message
 from typing import Any, TypeVar
 
 from pydantic import BaseModel
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from sutazai import payload
+from sutazai.api.protocol import LATE
 from sutazai.errors import InvalidInput, MalformedJSON, PayloadTooLarge, UnsupportedMediaType
 
 MAX_BODY_BYTES = 1 << 20
@@ -56,6 +58,8 @@ async def _read(request: Request, most_bytes: int) -> bytes:
         if size > most_bytes:
             raise _too_large(most_bytes)
         chunks.append(chunk)
+    if LATE in request.scope.get("extensions", ()):
+        raise HTTPException(408, "The body did not arrive in time.", {"Connection": "close"})
     return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
 
@@ -76,15 +80,6 @@ def _check_content_type(text: str) -> None:
         )
     if charset not in ("utf-8", "utf8"):
         raise UnsupportedMediaType("The body must be UTF-8; leave the charset out or say utf-8.")
-
-
-def require_text(body: dict[str, Any], field: str, message: str) -> str:
-    """Return a field that must be there and be text; raises `InvalidInput` that names it."""
-    value = body.get(field)
-    if isinstance(value, str):
-        return value
-    problem = "It is required." if field not in body else "It must be a string."
-    raise InvalidInput(message, details=[{"field": field, "message": problem}])
 
 
 def parse_query(model: type[M], request: Request) -> M:

@@ -18,6 +18,9 @@ from sutazai.submission import Submission
 MOST = 100
 """Rows of one INSERT: more would make the first of them wait too long."""
 
+LEAST_S = 0.4
+"""What a statement is given at least; with `store.WITHIN_S` still an answer within 3 s."""
+
 
 class _Waiting(NamedTuple):
     submission: Submission
@@ -44,21 +47,26 @@ class Group:
 
     async def _write(self, taken: list[_Waiting]) -> None:
         # A row has no timer of its own: those of one statement share what is left to the first.
-        await self._insert(taken, taken[0].since + store.WITHIN_S)
+        now = time.monotonic()
+        late = [row for row in taken if row.since + store.WITHIN_S <= now]
+        self._refuse(late, DatabaseUnavailable("PostgreSQL did not answer in time; try again."))
+        if rows := [row for row in taken if not row.inserted.done()]:
+            await self._insert(rows, max(rows[0].since + store.WITHIN_S, now + LEAST_S))
 
     async def _insert(self, rows: list[_Waiting], until: float) -> None:
-        if len(rows) == 1:
-            statement = statements.accept(rows[0].submission.row, rung=rows[0].rung)
-        else:
-            rung = {row.submission.task_id for row in rows if row.rung}
-            statement = statements.accept_many([row.submission.row for row in rows], rung=rung)
         try:
+            if len(rows) == 1:
+                statement = statements.accept(rows[0].submission.row, rung=rows[0].rung)
+            else:
+                rung = {row.submission.task_id for row in rows if row.rung}
+                statement = statements.accept_many([row.submission.row for row in rows], rung=rung)
             found = {
                 row.task_id
                 for row in await store.rows(statement, within_s=until - time.monotonic())
             }
         except DatabaseUnavailable as error:
-            self._refuse(rows, error)
+            # Those who wait behind them have waited long too, and would not fare better.
+            self._refuse([*rows, *self._together.drop()], error)
         except Exception as error:
             if len(rows) == 1:
                 self._refuse(rows, error)

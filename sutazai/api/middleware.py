@@ -1,4 +1,4 @@
-"""What happens to every request: an id, a log line, metrics, and no trace shown to clients.
+"""What happens to every request: an id, a log line, metrics, and an answer, whatever is raised.
 
 Plain ASGI, because Starlette's BaseHTTPMiddleware runs every request in a task of its own.
 """
@@ -9,12 +9,13 @@ import logging
 import re
 import time
 
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sutazai import log
-from sutazai.api.answer import error_answer
-from sutazai.errors import SutazaiError
+from sutazai.api.answer import error_answer, refusal
+from sutazai.errors import MethodNotAllowed, NotFound, SutazaiError
 from sutazai.metrics import UNMATCHED, FrontMetrics
 from sutazai.models import new_id
 
@@ -53,10 +54,13 @@ class Entrance:
             await self._app(scope, receive, send_with_id)
         except ClientDisconnect:
             _logger.debug("the client went away", path=scope["path"])
-        except Exception:
-            _logger.exception("a request failed", method=scope["method"], path=scope["path"])
+        except Exception as error:
+            answer = None if status else _refusal_of(error, scope)
+            if answer is None:
+                _logger.exception("a request failed", method=scope["method"], path=scope["path"])
+                answer = _internal_error()
             if not status:
-                await _internal_error()(scope, receive, send_with_id)
+                await answer(scope, receive, send_with_id)
         seconds = time.perf_counter() - began
         # Nothing was sent to a client that went away; nginx counts that as 499 too.
         self._metrics.observe(_template(scope), status or 499, seconds)
@@ -86,6 +90,27 @@ def _template(scope: Scope) -> str:
     route = scope.get("route")
     path = getattr(route, "path", UNMATCHED)
     return str(path)
+
+
+def _refusal_of(error: Exception, scope: Scope) -> ASGIApp | None:
+    """Return the answer to what is refused; None: the error is a fault of ours."""
+    if isinstance(error, SutazaiError):
+        return refusal(error)
+    if not isinstance(error, HTTPException):
+        return None
+    # What Starlette refuses: unknown addresses and wrong methods; and a body that dawdles.
+    if error.status_code == 404:
+        return refusal(NotFound(f"There is nothing at {scope['path']}; see /docs."))
+    if error.status_code == 405:
+        allowed = (error.headers or {}).get("Allow", "")
+        return error_answer(
+            405,
+            MethodNotAllowed.code,
+            f"{scope['method']} is not allowed here; allowed: {allowed}.",
+            headers=error.headers,
+        )
+    code = "request_timeout" if error.status_code == 408 else SutazaiError.code
+    return error_answer(error.status_code, code, error.detail, headers=error.headers)
 
 
 def _internal_error() -> ASGIApp:

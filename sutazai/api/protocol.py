@@ -19,6 +19,9 @@ MAX_HEADER_BYTES = 64 * 1024
 ARRIVE_WITHIN_S = 10.0
 """How long the header of a request may take to arrive, and its body."""
 
+LATE = "sutazai.late"
+"""An extension in the scope of a request whose body has not arrived in time."""
+
 
 class Protocol(HttpToolsProtocol):
     """One connection."""
@@ -68,6 +71,13 @@ class Protocol(HttpToolsProtocol):
         self._disarm()
         super().on_message_complete()
 
+    def on_response_complete(self) -> None:
+        """Count the time of a request that has come meanwhile from now on."""
+        super().on_response_complete()
+        if self._timer is not None:
+            self._disarm()
+            self._arm()
+
     def send_400_response(self, msg: str) -> None:
         """Refuse what is not HTTP, in the shape of every other error."""
         self._refuse(400, "malformed_request", msg)
@@ -84,14 +94,13 @@ class Protocol(HttpToolsProtocol):
         self._timer = None
         if self.cycle is None or self.cycle.response_complete:
             self.transport.close()
-        elif self._in_header or self.cycle.response_started:
+        elif self.pipeline or self._in_header or self.cycle.response_started:
             self._arm()
         else:
-            # Whoever waits for the body is told that nobody is there any more.
-            self.cycle.disconnected = True
+            # Whoever waits for the body goes on with what has come, and refuses it.
+            self.cycle.scope["extensions"] = {LATE: {}}
+            self.cycle.more_body = False
             self.cycle.message_event.set()
-            message = f"The body did not arrive within {ARRIVE_WITHIN_S:g} s."
-            self._refuse(408, "request_timeout", message)
 
     def _refuse(self, status: int, code: str, message: str) -> None:
         headers = {"Connection": "close", "X-Request-ID": new_id().hex}
@@ -125,7 +134,7 @@ class _Gathering:
 
     def _flush(self) -> None:
         held, self._held = self._held, []
-        if held:
+        if held and not self._transport.is_closing():
             self._transport.write(held[0] if len(held) == 1 else b"".join(held))
 
     def __getattr__(self, name: str) -> Any:

@@ -103,15 +103,17 @@ class Waiting:
         """Wait until the future is done, the time is over, or the process stops."""
         if self._closed:
             return
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                await ended
+        # Less than a time-out of asyncio's: there may be ten thousand of them.
+        timer = asyncio.get_running_loop().call_later(timeout_s, _let_go, ended)
+        try:
+            await ended
+        finally:
+            timer.cancel()
 
     def wake(self, task_id: UUID) -> None:
         """Let those who wait for a task go on."""
         for ended in self._waiters.get(task_id, ()):
-            if not ended.done():
-                ended.set_result(None)
+            _let_go(ended)
         self._tell(task_id)
 
     def _tell(self, task_id: UUID) -> None:
@@ -226,6 +228,11 @@ async def _subscription() -> AsyncIterator[PubSub | None]:
             while (await signals.get_message(timeout=SILENCE_S)) is None:
                 pass
         yield signals
+
+
+def _let_go(ended: asyncio.Future[None]) -> None:
+    if not ended.done():
+        ended.set_result(None)
 
 
 def _done(waiters: Any) -> bool:

@@ -420,13 +420,33 @@ def test_a_body_that_dawdles_is_refused(front: Front, monkeypatch: pytest.Monkey
     with socket.create_connection(("127.0.0.1", front.port), timeout=10) as connection:
         connection.sendall(
             b"POST /process HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
-            b'content-length: 100\r\n\r\n{"action"'
+            b'x-request-id: mine\r\ncontent-length: 100\r\n\r\n{"action"'
         )
         answer = b""
         while chunk := connection.recv(4096):
             answer += chunk
     assert answer.startswith(b"HTTP/1.1 408 ")
     assert b'"code":"request_timeout"' in answer
+    assert b"x-request-id: mine" in answer.lower()
+    assert 'code="408"' in front.client.get("/metrics").text
+
+
+def test_a_body_that_waits_for_the_answer_before_it_is_not_late(
+    front: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protocol, "ARRIVE_WITHIN_S", 1.0)
+    front.bell.paused = True
+    head = (
+        b"POST /process HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        b"content-length: 20\r\nprefer: wait=2\r\n\r\n"
+    )
+    with socket.create_connection(("127.0.0.1", front.port), timeout=10) as connection:
+        connection.sendall(head + b'{"action":"nothing"}' + head + b'{"action"')
+        answers = connection.recv(4096)
+        connection.sendall(b':"nothing"}')
+        while answers.count(b"HTTP/1.1 ") < 2:
+            answers += connection.recv(4096)
+    assert answers.count(b"HTTP/1.1 202 ") == 2
 
 
 def test_endless_headers_and_garbage_are_refused(front: Front) -> None:

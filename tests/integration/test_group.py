@@ -82,6 +82,14 @@ def test_what_is_there_or_refused_is_not_inserted() -> None:
 
 def test_who_has_given_up_waiting_is_not_inserted_later(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "WITHIN_S", 0.3)
+    rows, sent = store.rows, 0
+
+    def count(*arguments: Any, **options: Any) -> Any:
+        nonlocal sent
+        sent += 1
+        return rows(*arguments, **options)
+
+    monkeypatch.setattr(store, "rows", count)
 
     async def wait_behind_a_lock() -> None:
         group = Group()
@@ -92,6 +100,7 @@ def test_who_has_given_up_waiting_is_not_inserted_later(monkeypatch: pytest.Monk
                 await asyncio.sleep(0)
             inserts += [asyncio.create_task(insert(group, [submission()])) for _ in range(5)]
             found = [each for [each] in await asyncio.gather(*inserts)]
+            assert sent == 1, "those behind it are not sent: they would be told 503, and be there"
         await group._together.join()
         assert all(isinstance(each, DatabaseUnavailable) for each in found)
         assert scalar("SELECT count(*) FROM tasks") <= 1
