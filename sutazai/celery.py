@@ -53,6 +53,7 @@ from sutazai.hand import perform_all
 from sutazai.keeper import Identity, Keeper
 from sutazai.models import new_id
 from sutazai.prefetch import Prefetch, slots_of
+from sutazai.reaping import Reaping
 from sutazai.reports import Reports
 from sutazai.ringer import CeleryBell, abandon, faults
 from sutazai.settings import prepare_flower, settings
@@ -200,6 +201,7 @@ def _create() -> Application:
         for action in agent.actions.values():
             _bind(made, action)
     made.steps["worker"].add(KeeperStep)
+    made.steps["worker"].add(Reaping)
     made.steps["consumer"].add(watchers.BatchEvents)
     made.steps["consumer"].add(Prefetch)
     return made
