@@ -46,7 +46,7 @@ LOG_FILES = 3
 POLL_S = 0.25
 """How late supervisord may notice that something is to be done; its own value is a second."""
 
-FIRST_PAUSE_S = 0.25
+FIRST_PAUSE_S = 0.1
 LONGEST_PAUSE_S = 2.0
 FORCED_STOP_S = 2.0
 SECOND_SIGNAL_AFTER_S = 0.5
