@@ -20,9 +20,10 @@ def forward_signals(child: int) -> list[int]:
     received: list[int] = []
 
     def forward(number: int, _: object) -> None:
+        is_first = not received
         received.append(number)
-        stop(child)  # first: nobody may be left to read what is said
-        if len(received) == 1:
+        stop(child)  # at once: nobody may be left to read what is said
+        if is_first:  # another signal may have come meanwhile
             with suppress(OSError, RuntimeError):
                 sys.stderr.write("\nStopping; running tasks are drained. Again: stop at once.\n")
                 sys.stderr.flush()

@@ -10,6 +10,8 @@ from contextlib import suppress
 import psutil
 import pytest
 
+from sutazai.cli import attend
+
 UP = """
 import os, signal, sys
 from sutazai.cli import attend
@@ -75,3 +77,26 @@ def test_it_keeps_next_to_nothing_in_memory(up: Up) -> None:
     assert psutil.Process(up.pid).memory_info().rss < 24 * 2**20
     up.send_signal(signal.SIGTERM)
     assert up.wait(timeout=10) == 7
+
+
+def test_a_signal_amid_the_first_takes_no_word_from_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told: list[int] = []
+
+    def stop(child: int) -> None:
+        told.append(child)
+        if len(told) == 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(attend, "stop", stop)
+    before = {number: signal.getsignal(number) for number in attend.SIGNALS}
+    try:
+        received = attend.forward_signals(1)
+        signal.raise_signal(signal.SIGINT)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert told == [1, 1]
+    assert received == [signal.SIGINT, signal.SIGTERM]
+    assert capsys.readouterr().err.count("Stopping") == 1
