@@ -256,6 +256,7 @@ def test_sixteen_tasks_of_one_message_cost_as_many_statements_as_one(place: Plac
         bell.ring([submission.notice for submission in wanted], Pace(together=TOGETHER_MAX))
         ids = [submission.task_id for submission in wanted]
         until(lambda: len(db.run(statements.ended(ids))) == TOGETHER_MAX, 60)
+        until(lambda: "PUBLISH" in commands.names(str(ids[-1])), 60)  # after the commit
         bell.close()
     verbs = [each.verb for each in log.statements() if str(ids[-1]) in each.parameters]
     assert [verb for verb in verbs if verb not in _BY_TIME] == ["claim", "finish"]
