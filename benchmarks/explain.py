@@ -218,6 +218,7 @@ def _wanted(sample: Sample) -> Mapping[str, Executable | db.Ready]:
         "ring_overdue": statements.ring_overdue(AGENT, 1000),
         "ring_overdue on an empty queue": statements.ring_overdue(AGENT, 1000, empty=range(10)),
         "ring_again of an agent": statements.ring_again(AGENT),
+        "ring_afresh": statements.ring_afresh(AGENT),
         "ring_children": statements.ring_children([sample.ended]),
         "ring_put_off": statements.ring_put_off(AGENT),
         "ring_failed": statements.ring_failed([sample.queued]),

@@ -242,7 +242,7 @@ def set_queue(
     connection.execute(statements.set_queue(agent, paused=paused, draining=draining))
     if paused is False:
         # Notices that came while it was paused did nothing.
-        connection.execute(statements.ring_again(agent))
+        connection.execute(*statements.ring_afresh(agent))
 
 
 def expire(connection: Connection, limit: int = 500) -> list[Ended]:

@@ -25,6 +25,7 @@ from benchmarks.measurement import (
     number,
 )
 from benchmarks.place import AGENT, BATCH, Site, pause_until, running
+from sutazai.bell import TOGETHER_MAX, WINDOW_MAX
 
 EXPORTER = "ai-metrics-exporter"
 CLAIMED = 5_000
@@ -41,7 +42,11 @@ COSTS = {
     "exporter": Target("scale: `GET :11063/metrics`, p50", WITHIN, LATER, EMPTY),
 }
 BROKER = Target("scale: the broker's memory, 1,000,000 queued", at_most(50), at_most(50))
-ORDER = Target("scale: places by which a claim is out of order", at_most(1008), at_most(1008))
+FETCHED = 8 * TOGETHER_MAX
+"""Tasks that a worker of two slots holds: four messages a slot."""
+
+_ORDERLY = at_most(WINDOW_MAX + FETCHED)
+ORDER = Target("scale: places by which a claim is out of order", _ORDERLY, _ORDERLY)
 
 _LISTS = {
     "newest": "",
@@ -94,9 +99,9 @@ def scale(run: Run) -> Finding:
     vacuumed and analysed after each step, and the other system's are emptied before each round, but
     for a page of tasks.
     The order of claims is compared with priority, then age: a task that is claimed earlier or later
-    than that is out of order by so many places; the notices that the broker may hold, and those
-    that a worker has fetched, allow for 1,008. The rows of the table of targets are those of the
-    largest table with the largest backlog.
+    than that is out of order by so many places; the notices that the broker may hold, and the
+    tasks of the messages that a worker has fetched, allow for 1,128. The rows
+    of the table of targets are those of the largest table with the largest backlog.
     """
     sizes = (0, 1_000, 10_000) if run.is_quick else (0, 100_000, 1_000_000, 10_000_000)
     backlogs = (1_000, 10_000) if run.is_quick else (1_000, 10_000, 100_000, 1_000_000)

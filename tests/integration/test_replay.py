@@ -139,7 +139,7 @@ def test_a_queue_is_not_resumed_by_halves(monkeypatch: pytest.MonkeyPatch, front
     assert front.client.post("/queue/pause").json()["paused"]
     broken = text("SELECT 1 / 0")
     with monkeypatch.context() as patched:
-        patched.setattr(statements, "ring_again", lambda agent: broken)
+        patched.setattr(statements, "ring_afresh", lambda agent: (broken,))
         assert front.client.post("/queue/resume").status_code == 500
     assert front.client.get("/queue").json()["paused"]
     assert not front.client.post("/queue/resume").json()["paused"]
