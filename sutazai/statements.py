@@ -583,14 +583,6 @@ def ring_again(agent: str | None = None) -> TextClause:
     return _RING_AGAIN.bindparams(agent=agent)
 
 
-def ring_afresh(agent: str) -> Ready:
-    """Take an agent's rows for never rung: their notices came while the queue was paused.
-
-    So they take their turn by priority and age, not behind what was never rung.
-    """
-    return Ready(_RING_AFRESH, {"agent": agent})
-
-
 def ring_children(parent_ids: Sequence[UUID]) -> Ready:
     """Do the same for unfinished children, whose notices died with their parents' process."""
     return Ready(_RING_CHILDREN, {"parent_ids": list(parent_ids)})
@@ -601,31 +593,32 @@ def ring_put_off(agent: str) -> Ready:
     return Ready(_RING_PUT_OFF, {"agent": agent, "within_s": PUT_OFF_S})
 
 
-# An array, because with a join the planner reads all of history.
-_RING = """
-    UPDATE tasks SET next_ring_at = now(){afresh}
-    WHERE task_id = ANY(ARRAY(
-        SELECT task_id FROM tasks
-        WHERE state = 'queued' AND rings > 0 AND {which}
-        FOR UPDATE SKIP LOCKED))
-"""
+def ring_afresh(agent: str) -> Ready:
+    """Take an agent's rows for never rung: their notices came while the queue was paused.
 
-_RING_AGAIN = text(
-    _RING.format(which="(CAST(:agent AS text) IS NULL OR agent = :agent)", afresh="")
-)
-_RING_AFRESH = text(_RING.format(which="agent = :agent", afresh=", rings = 0"))
-_RING_CHILDREN = text(
-    # The second is what the index of children wants to hear.
-    _RING.format(
-        which="parent_id = ANY(CAST(:parent_ids AS uuid[])) AND finished_at IS NULL", afresh=""
+    So they take their turn by priority and age, not behind what was never rung.
+    """
+    return Ready(_RING_AFRESH, {"agent": agent})
+
+
+def _rung(which: str, also: str = "") -> TextClause:
+    # An array, because with a join the planner reads all of history.
+    return text(
+        f"""
+        UPDATE tasks SET next_ring_at = now(){also}
+        WHERE task_id = ANY(ARRAY(
+            SELECT task_id FROM tasks
+            WHERE state = 'queued' AND rings > 0 AND {which}
+            FOR UPDATE SKIP LOCKED))
+        """  # noqa: S608 - the inserted texts are constants
     )
-)
-_RING_PUT_OFF = text(
-    _RING.format(
-        which="agent = :agent AND next_ring_at < now() + make_interval(secs => :within_s)",
-        afresh="",
-    )
-)
+
+
+_RING_AGAIN = _rung("(CAST(:agent AS text) IS NULL OR agent = :agent)")
+_RING_AFRESH = _rung("agent = :agent", also=", rings = 0")
+# The second is what the index of children wants to hear.
+_RING_CHILDREN = _rung("parent_id = ANY(CAST(:parent_ids AS uuid[])) AND finished_at IS NULL")
+_RING_PUT_OFF = _rung("agent = :agent AND next_ring_at < now() + make_interval(secs => :within_s)")
 
 
 @cache

@@ -97,11 +97,10 @@ def scale(run: Run) -> Finding:
     while the queue is paused, 5,000 tasks (1,000 of a backlog of that size) are claimed and
     finished by two worker processes, pages of tasks are listed, and metrics scraped. The tables are
     vacuumed and analysed after each step, and the other system's are emptied before each round, but
-    for a page of tasks.
-    The order of claims is compared with priority, then age: a task that is claimed earlier or later
-    than that is out of order by so many places; the notices that the broker may hold, and the
-    tasks of the messages that a worker has fetched, allow for 1,128. The rows
-    of the table of targets are those of the largest table with the largest backlog.
+    for a page of tasks. The order of claims is compared with priority, then age: a task that is
+    claimed earlier or later than that is out of order by so many places; the notices that the
+    broker may hold, and the tasks of the messages that a worker has fetched, allow for 1,128. The
+    rows of the table of targets are those of the largest table with the largest backlog.
     """
     sizes = (0, 1_000, 10_000) if run.is_quick else (0, 100_000, 1_000_000, 10_000_000)
     backlogs = (1_000, 10_000) if run.is_quick else (1_000, 10_000, 100_000, 1_000_000)
