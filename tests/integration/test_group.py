@@ -150,3 +150,19 @@ def test_those_who_wait_to_read_hear_at_once_that_postgresql_is_away(
 
     assert {type(each) for each in run(read())} == {DatabaseUnavailable}
     assert asked == 1
+
+
+def test_those_who_wait_to_be_inserted_hear_at_once_that_postgresql_is_away(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = 0
+
+    async def away(statement: Any, **_: Any) -> Any:
+        nonlocal asked
+        asked += 1
+        raise DatabaseUnavailable
+
+    monkeypatch.setattr(store, "rows", away)
+    found = run(insert(Group(), [submission() for _ in range(5 * MOST)]))
+    assert {type(each) for each in found} == {DatabaseUnavailable}
+    assert asked == 1
