@@ -165,7 +165,7 @@ def run(statement: Executable | Ready) -> Sequence[Any]:
         driver: Any = pooled.driver_connection
         try:
             cursor = driver.cursor(row_factory=namedtuple_row).execute(*_for_driver(statement))
-            return cursor.fetchall() if cursor.description else []
+            return cursor.fetchall() if cursor.pgresult.nfields else []
         finally:
             if _is_usable(driver):
                 pooled.close()
@@ -188,7 +188,7 @@ async def async_run(statement: Executable | Ready) -> Sequence[Any]:
         try:
             cursor = driver.cursor(row_factory=namedtuple_row)
             await cursor.execute(*_for_driver(statement))
-            return await cursor.fetchall() if cursor.description else []
+            return await cursor.fetchall() if cursor.pgresult.nfields else []
         finally:
             if _is_usable(driver):
                 pooled.close()

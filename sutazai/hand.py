@@ -16,7 +16,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import UUID, uuid4
 
-from sutazai import db, lifecycle, log, redis, statements
+from sutazai import alarm, db, lifecycle, log, redis, statements
 from sutazai.agent import Action
 from sutazai.errors import DatabaseUnavailable, LeaseLost, TaskCancelled, TaskFailed
 from sutazai.reports import Word
@@ -173,7 +173,7 @@ class Endings:
 
         self._adding = threading.Lock()
         self._recording = threading.Lock()
-        self._timer: threading.Timer | None = None
+        self._late: alarm.Call | None = None
 
     def add(self, ending: statements.Ending) -> None:
         """Take an outcome that is to be recorded."""
@@ -181,19 +181,17 @@ class Endings:
         self.given.add(ending.claim_id)
         with self._adding:
             self._waiting.append(ending)
-            if self._timer is None:
-                self._timer = threading.Timer(GATHER_S, self.flush)
-                self._timer.daemon = True
-                self._timer.start()
+            if self._late is None:
+                self._late = alarm.after(GATHER_S, self.flush)
 
     def flush(self) -> None:
         """Record what has come; what PostgreSQL cannot take, or takes from another, is logged."""
         with self._recording:
             with self._adding:
                 endings, self._waiting = self._waiting, []
-                timer, self._timer = self._timer, None
-            if timer is not None:
-                timer.cancel()
+                late, self._late = self._late, None
+            if late is not None:
+                late.cancel()
             if not endings:
                 return
             recorded: Sequence[Any] = ()

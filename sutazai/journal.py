@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
-from sutazai import db, log, payload, redis, statements
+from sutazai import alarm, db, log, payload, redis, statements
 from sutazai.errors import DatabaseUnavailable
 
 GATHER_S = 1.0
@@ -36,15 +36,18 @@ class Journal:
     def __init__(self, agent: str, task_id: UUID, claim_id: UUID, attempt: int) -> None:
         self._agent = agent
         self._attempt = (task_id, claim_id)
-        self._logger = log.get(f"sutazai.tasks.{agent}")
         # Whoever writes first gets the lower event id, and must be read first.
         self._writing = threading.Lock()
         self._lines: list[dict[str, Any]] = []
         self._untold: tuple[float, str] | None = None
-        self._timer: threading.Timer | None = None
+        self._late: alarm.Call | None = None
         self._told_at = float("-inf")
         self._count = self._bytes = 0
         self._is_counted = attempt == 1
+
+    def _logger(self) -> log.Logger:
+        # Only on use: most attempts tell nothing.
+        return log.get(f"sutazai.tasks.{self._agent}")
 
     def debug(self, event: str, /, **fields: Any) -> None:
         """Log a detail."""
@@ -101,9 +104,9 @@ class Journal:
         return rows is not None and (not rows or rows[0].cancel_requested_at is not None)
 
     def _tell_lines(self) -> None:
-        timer, self._timer = self._timer, None
-        if timer is not None:
-            timer.cancel()
+        late, self._late = self._late, None
+        if late is not None:
+            late.cancel()
         if self._lines and not self._is_counted:
             self._make_room()
         while self._lines:
@@ -131,12 +134,12 @@ class Journal:
         try:
             return db.run(statement)
         except db.REFUSALS as error:
-            self._logger.warning("PostgreSQL refuses what was told", error=str(error)[:500])
+            self._logger().warning("PostgreSQL refuses what was told", error=str(error)[:500])
             return None
 
     def _keep(self, level: str, event: str, fields: dict[str, Any]) -> None:
         fields.pop("event", None)  # the line has one
-        getattr(self._logger, level)(event, **fields)
+        getattr(self._logger(), level)(event, **fields)
         line = {
             **{_storable(name): _plain(value) for name, value in fields.items()},
             "at": datetime.now(UTC).isoformat().replace("+00:00", "Z"),
@@ -150,10 +153,8 @@ class Journal:
         self._count += 1
         self._bytes += size
         self._lines.append(line)
-        if self._timer is None:
-            self._timer = threading.Timer(GATHER_S, self._gathered)
-            self._timer.daemon = True
-            self._timer.start()
+        if self._late is None:
+            self._late = alarm.after(GATHER_S, self._gathered)
 
     def _announce(self, kind: str, **event: Any) -> None:
         redis.announce(self._agent, self._attempt[0], kind=kind, **event)

@@ -29,7 +29,7 @@ from sutazai import db, lifecycle, log, payload, redis, statements
 from sutazai.agent import Agent
 from sutazai.errors import DatabaseUnavailable, TaskCancelled, TaskFailed, TimeLimitExceeded
 from sutazai.models import new_id
-from sutazai.reports import Reports, Word
+from sutazai.reports import Report, Reports, Word
 from sutazai.settings import settings
 from sutazai.state import Outcome, State
 
@@ -151,14 +151,9 @@ def die_with_parent(number: signal.Signals = signal.SIGKILL) -> None:
 
 @dataclass
 class Running:
-    """An attempt that the keeper watches over, and the last word of it."""
+    """An attempt that the keeper watches over."""
 
-    word: Word
-    task_id: UUID
-    claim_id: UUID
-    pid: int
-    limit_s: float
-    at: float
+    last: Report
     cancel_seen_at: float | None = None
     missed: bool = False
 
@@ -185,7 +180,9 @@ class Keeper(threading.Thread):
         self._consuming = consuming
         self._broker_answers = broker_answers
         self._each_beat = each_beat
-        self._running: dict[UUID, Running] = {}
+        self._running: dict[bytes, Running] = {}
+        """By their claims."""
+
         self._lost: deque[UUID] = deque()
         self._claims = 0
         self._stop_requested = threading.Event()
@@ -308,16 +305,16 @@ class Keeper(threading.Thread):
         for report in self._reports.read():
             self._told_at = report.at
             if report.word is Word.GONE:
-                self._running.pop(report.claim_id, None)
+                self._running.pop(report.claim, None)
                 continue
-            known = self._running.get(report.claim_id)
-            if report.word is Word.BEGAN and (known is None or known.word < Word.BEGAN):
+            known = self._running.get(report.claim)
+            if report.word is Word.BEGAN and (known is None or known.last.word < Word.BEGAN):
                 self._claims += 1
                 self._claimed_at = report.at
             if known is not None:
-                known.word, known.limit_s, known.at = report.word, report.limit_s, report.at
+                known.last = report
             elif report.word is not Word.DONE:
-                self._running[report.claim_id] = Running(*report)
+                self._running[report.claim] = Running(report)
 
     def _beat(self) -> None:
         values: dict[str, Any] = {
@@ -371,23 +368,23 @@ class Keeper(threading.Thread):
 
     def _extend(self, now: float) -> None:
         # A claim that is under way may be there or not: nothing can be told from its absence.
-        held = [r for r in self._running.values() if r.word is not Word.CLAIMING]
+        held = [r for r in self._running.values() if r.last.word is not Word.CLAIMING]
         if not held:
             return
-        pairs = [(running.task_id, running.claim_id) for running in held]
+        pairs = [(running.last.task_id, running.last.claim_id) for running in held]
         with db.transaction() as connection:
             kept = {row.claim_id: row for row in connection.execute(*statements.extend(pairs))}
         for running in held:
-            row = kept.get(running.claim_id)
+            row = kept.get(running.last.claim_id)
             if row is None and not running.missed:
                 # It may just have ended, its report still under way: the next round decides.
                 running.missed = True
-            elif row is None and running.word is not Word.BEGAN:
-                self._running.pop(running.claim_id)  # the process runs another task
+            elif row is None and running.last.word is not Word.BEGAN:
+                self._running.pop(running.last.claim)  # the process runs another task
             elif row is None:
                 _logger.warning("aborting an attempt that lost its lease")
                 self._kill(running)
-            elif row.cancel_requested_at is not None and running.word is Word.BEGAN:
+            elif row.cancel_requested_at is not None and running.last.word is Word.BEGAN:
                 running.cancel_seen_at = running.cancel_seen_at or now
                 if now - running.cancel_seen_at > CANCEL_GRACE_S:
                     self._finish_by_force(running, TaskCancelled(), Outcome.CANCELLED)
@@ -395,46 +392,50 @@ class Keeper(threading.Thread):
     def _release_waiting(self, now: float) -> None:
         """Put back what was taken together with a task that runs unexpectedly long."""
         for running in list(self._running.values()):
-            if running.word is Word.TAKEN and now - running.at > TAKEN_S:
+            if running.last.word is Word.TAKEN and now - running.last.at > TAKEN_S:
                 self._put_back(running, Outcome.RELEASED)
 
     def _put_back(self, running: Running, outcome: Outcome) -> None:
         ended: list[lifecycle.Ended] | None = None
         with db.transaction() as connection:
-            row = connection.execute(statements.charge(running.task_id)).first()
+            row = connection.execute(statements.charge(running.last.task_id)).first()
             if row is not None:
                 ended = lifecycle.requeue(connection, _held(row, running), outcome)
-        self._running.pop(running.claim_id, None)
+        self._running.pop(running.last.claim, None)
         redis.announce_ended(ended or [])
 
     def _count(self, word: Word) -> int:
-        return sum(running.word is word for running in self._running.values())
+        return sum(running.last.word is word for running in self._running.values())
 
     def _end_overruns(self, now: float) -> None:
         for running in list(self._running.values()):
-            is_late = now - running.at > running.limit_s + LIMIT_GRACE_S
-            if running.word is Word.BEGAN and is_late:
-                error = TimeLimitExceeded(f"The task ran longer than {running.limit_s:g} s.")
+            is_late = now - running.last.at > running.last.limit_s + LIMIT_GRACE_S
+            if running.last.word is Word.BEGAN and is_late:
+                error = TimeLimitExceeded(f"The task ran longer than {running.last.limit_s:g} s.")
                 self._finish_by_force(running, error, Outcome.TIMED_OUT)
 
     def _take_back_crashed(self) -> None:
         own = os.getpid()
-        dead = [r for r in self._running.values() if r.pid != own and not _is_alive(r.pid)]
+        dead = [
+            r for r in self._running.values() if r.last.pid != own and not _is_alive(r.last.pid)
+        ]
         for running in dead:
             self._take_reports()
-            if running.claim_id not in self._running:
+            if running.last.claim not in self._running:
                 continue
-            if running.word is not Word.BEGAN:
+            if running.last.word is not Word.BEGAN:
                 self._put_back(running, Outcome.LOST)  # it was not this task that ran
                 continue
             with db.transaction() as connection:
-                lost = statements.running_claim(running.task_id, running.claim_id)
+                lost = statements.running_claim(running.last.task_id, running.last.claim_id)
                 rescued = lifecycle.rescue(connection, lost, own_process=True)
             # Only now: while PostgreSQL is away it is tried again, so that it is never forgotten.
-            self._running.pop(running.claim_id)
+            self._running.pop(running.last.claim)
             redis.announce_ended(rescued.ended)
             _logger.warning(
-                "the process of a task died", task_id=str(running.task_id), rescued=rescued.tasks
+                "the process of a task died",
+                task_id=str(running.last.task_id),
+                rescued=rescued.tasks,
             )
         if dead:
             redis.announce_due()
@@ -452,12 +453,12 @@ class Keeper(threading.Thread):
         While PostgreSQL is away this is done again each round, so that it is never taken for a
         crash.
         """
-        if running.pid != os.getpid():
-            _kill_process(running.pid)
+        if running.last.pid != os.getpid():
+            _kill_process(running.last.pid)
         described = lifecycle.error_json(error)
         ended: list[lifecycle.Ended] | None = None
         with db.transaction() as connection:
-            row = connection.execute(statements.charge(running.task_id)).first()
+            row = connection.execute(statements.charge(running.last.task_id)).first()
             if row is not None:
                 held = _held(row, running)
                 if outcome is Outcome.TIMED_OUT:
@@ -466,18 +467,18 @@ class Keeper(threading.Thread):
                 else:
                     state = State.CANCELLED
                     ended = lifecycle.end(connection, held, state, outcome, error=described)
-        self._running.pop(running.claim_id, None)
+        self._running.pop(running.last.claim, None)
         if ended is not None:
-            _logger.warning("ended a task by force", task_id=str(running.task_id), **described)
+            _logger.warning("ended a task by force", task_id=str(running.last.task_id), **described)
             redis.announce_ended(ended)
-        if running.pid == os.getpid():
+        if running.last.pid == os.getpid():
             self._end_process()
 
     def _kill(self, running: Running) -> None:
-        self._running.pop(running.claim_id, None)
-        if running.pid == os.getpid():
+        self._running.pop(running.last.claim, None)
+        if running.last.pid == os.getpid():
             self._end_process()
-        _kill_process(running.pid)
+        _kill_process(running.last.pid)
 
     def _is_drained(self, now: float) -> bool:
         return not self._running and now - self._told_at > DRAINED_S
@@ -485,7 +486,7 @@ class Keeper(threading.Thread):
     def _end_drain(self) -> None:
         self._drain_at = None
         self._end_at = time.monotonic() + CANCEL_GRACE_S  # should a cold shutdown hang too
-        if any(running.pid == os.getpid() for running in self._running.values()):
+        if any(running.last.pid == os.getpid() for running in self._running.values()):
             self._end_process()
         # Celery's cold shutdown: it ends the children, whose attempts put their tasks back.
         os.kill(os.getpid(), signal.SIGQUIT)
@@ -495,7 +496,7 @@ class Keeper(threading.Thread):
         ended: list[lifecycle.Ended] = []
         with contextlib.suppress(DatabaseUnavailable), db.transaction() as connection:
             for running in self._running.values():
-                row = connection.execute(statements.charge(running.task_id)).first()
+                row = connection.execute(statements.charge(running.last.task_id)).first()
                 if row is not None:
                     held = _held(row, running)
                     ended += lifecycle.release(connection, held, again=row.rerun_after_crash) or ()
@@ -510,5 +511,5 @@ class Keeper(threading.Thread):
 def _held(row: Any, running: Running) -> lifecycle.Claim:
     """Return the claim that an attempt was reported with, whoever may hold the task by now."""
     return lifecycle.Claim(
-        row.task_id, running.claim_id, row.agent, row.parent_id, row.concurrency_key
+        row.task_id, running.last.claim_id, row.agent, row.parent_id, row.concurrency_key
     )

@@ -13,7 +13,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import structlog
-from structlog.typing import Processor
+from structlog.typing import FilteringBoundLogger, Processor
+
+Logger = FilteringBoundLogger
 
 _SHARED: list[Processor] = [
     structlog.contextvars.merge_contextvars,
@@ -65,14 +67,15 @@ def configure(form: str = "console", level: str = "info") -> None:
     structlog.configure(
         processors=[*_SHARED, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
         logger_factory=structlog.stdlib.LoggerFactory(),
-        wrapper_class=structlog.stdlib.BoundLogger,
+        # What is below the level costs nothing but the call.
+        wrapper_class=structlog.make_filtering_bound_logger(root.level),
         cache_logger_on_first_use=False,
     )
 
 
-def get(name: str, **bound: Any) -> structlog.stdlib.BoundLogger:
+def get(name: str, **bound: Any) -> Logger:
     """Return a logger; the name is the module's."""
-    logger: structlog.stdlib.BoundLogger = structlog.stdlib.get_logger(name, **bound)
+    logger: Logger = structlog.get_logger(name, **bound)
     return logger
 
 
@@ -84,5 +87,9 @@ def bind(**values: Any) -> None:
 @contextmanager
 def fields(**values: Any) -> Iterator[None]:
     """Add fields to every line that is logged within, on this thread or in this asyncio task."""
-    with structlog.contextvars.bound_contextvars(**values):
+    # As structlog's own `bound_contextvars`, which reads all fields there are before.
+    before = structlog.contextvars.bind_contextvars(**values)
+    try:
         yield
+    finally:
+        structlog.contextvars.reset_contextvars(**before)

@@ -33,6 +33,8 @@ class Word(IntEnum):
     """The process has nothing more to do with it."""
 
 
+_WORDS = tuple(Word)
+
 _REPORT = struct.Struct("=B16s16sidd")
 """Word, task id, claim id, pid, limit in s, instant: far below PIPE_BUF, so writes are atomic.
 
@@ -44,14 +46,24 @@ _PIPE_BYTES = 1 << 20
 
 
 class Report(NamedTuple):
-    """What an attempt tells of itself."""
+    """What an attempt tells of itself; its ids as they came, because most are only compared."""
 
     word: Word
-    task_id: UUID
-    claim_id: UUID
+    task: bytes
+    claim: bytes
     pid: int
     limit_s: float
     at: float
+
+    @property
+    def task_id(self) -> UUID:
+        """Whose attempt it is."""
+        return UUID(bytes=self.task)
+
+    @property
+    def claim_id(self) -> UUID:
+        """Which attempt it is."""
+        return UUID(bytes=self.claim)
 
 
 class Reports:
@@ -80,7 +92,4 @@ class Reports:
             raw = os.read(self.reader, _REPORT.size * (_PIPE_BYTES // _REPORT.size))
         except BlockingIOError:
             return []
-        return [
-            Report(Word(word), UUID(bytes=task), UUID(bytes=claim), pid, limit_s, at)
-            for word, task, claim, pid, limit_s, at in _REPORT.iter_unpack(raw)
-        ]
+        return [Report(_WORDS[word], *told) for word, *told in _REPORT.iter_unpack(raw)]

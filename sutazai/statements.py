@@ -98,6 +98,11 @@ def _seconds(amount: float | ColumnElement[Any]) -> ColumnElement[Any]:
     return func.make_interval(0, 0, 0, 0, 0, 0, amount)
 
 
+def _array(ids: Iterable[UUID]) -> str:
+    """Return ids as PostgreSQL writes an array: the driver takes ten times as long for a list."""
+    return "{" + ",".join(map(str, ids)) + "}"
+
+
 _AFTER_RING = _seconds(
     func.least(LAST_RING_S, FIRST_RING_S * func.power(2.0, func.least(tasks.c.rings, 10)))
 )
@@ -585,7 +590,7 @@ def ring_again(agent: str | None = None) -> TextClause:
 
 def ring_children(parent_ids: Sequence[UUID]) -> Ready:
     """Do the same for unfinished children, whose notices died with their parents' process."""
-    return Ready(_RING_CHILDREN, {"parent_ids": list(parent_ids)})
+    return Ready(_RING_CHILDREN, {"parent_ids": _array(parent_ids)})
 
 
 def ring_put_off(agent: str) -> Ready:
@@ -663,7 +668,7 @@ def claim_many(claims: Mapping[UUID, UUID], **claimant: Any) -> Ready:
     Only plain ones are claimed: without key or host, never crashed, and allowed to run again. What
     somebody else works on is left out.
     """
-    ids = {"task_ids": list(claims), "claim_ids": list(claims.values())}
+    ids = {"task_ids": _array(claims), "claim_ids": _array(claims.values())}
     return Ready(_CLAIM_MANY, {**ids, "lease_s": LEASE_S, **claimant})
 
 
@@ -714,7 +719,7 @@ _CLAIM_MANY = text(
 
 def claimed(claims: Mapping[UUID, UUID]) -> Ready:
     """Return what claims have returned whose answer got lost; no row: that one does not hold."""
-    return Ready(_CLAIMED, {"task_ids": list(claims), "claim_ids": list(claims.values())})
+    return Ready(_CLAIMED, {"task_ids": _array(claims), "claim_ids": _array(claims.values())})
 
 
 _CLAIMED = text(
@@ -766,8 +771,8 @@ def extend(claims: Sequence[tuple[UUID, UUID]]) -> Ready:
     for one row while he holds another may deadlock with those who end several.
     """
     task_ids, claim_ids = zip(*claims, strict=True)
-    values = {"task_ids": list(task_ids), "claim_ids": list(claim_ids), "lease_s": LEASE_S}
-    return Ready(_EXTEND, values)
+    ids = {"task_ids": _array(task_ids), "claim_ids": _array(claim_ids)}
+    return Ready(_EXTEND, {**ids, "lease_s": LEASE_S})
 
 
 _EXTEND = text(
@@ -960,7 +965,7 @@ def finish_many(endings: Sequence[Ending], now: float) -> Ready:
         }
         for ending in endings
     ]
-    task_ids = [ending.task_id for ending in endings]
+    task_ids = _array(ending.task_id for ending in endings)
     return Ready(_FINISH_MANY, {"task_ids": task_ids, "rows": payload.dumps(rows)})
 
 
@@ -1111,8 +1116,8 @@ def outcomes_of(endings: Sequence[Ending]) -> Ready:
     return Ready(
         _OUTCOMES_OF,
         {
-            "claim_ids": [ending.claim_id for ending in endings],
-            "task_ids": [ending.task_id for ending in endings],
+            "claim_ids": _array(ending.claim_id for ending in endings),
+            "task_ids": _array(ending.task_id for ending in endings),
         },
     )
 
@@ -1643,7 +1648,7 @@ _ONE_TASK = text(f"{_TASK} WHERE task_id = :task_id")
 
 def result(*task_ids: UUID) -> Ready:
     """Return how tasks stand, without the rest of their rows, for clients that waited."""
-    return Ready(_RESULT, {"task_ids": list(task_ids)})
+    return Ready(_RESULT, {"task_ids": _array(task_ids)})
 
 
 _RESULT = text(
@@ -1763,11 +1768,14 @@ def _listed(states: Iterable[str]) -> str:
 
 def ended(task_ids: Sequence[UUID]) -> Ready:
     """Return which of these tasks are terminal."""
-    return Ready(_ENDED, {"task_ids": list(task_ids)})
+    return Ready(_ENDED, {"task_ids": _array(task_ids)})
 
 
 _ENDED = text(
-    "SELECT task_id FROM tasks WHERE task_id = ANY(:task_ids) AND finished_at IS NOT NULL"
+    """
+    SELECT task_id FROM tasks
+    WHERE task_id = ANY(CAST(:task_ids AS uuid[])) AND finished_at IS NOT NULL
+    """
 )
 
 

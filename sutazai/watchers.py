@@ -118,12 +118,13 @@ class HandRequest(Request):  # type: ignore[misc]
 
     def send_event(self, type: str, **fields: Any) -> None:  # noqa: A002 - Celery's name
         """Send an event; for a hand, those of all its tasks instead."""
-        others = others_of(self.request_dict)
+        is_watched = "task" in (self._eventer.groups or ("task",))
+        others = others_of(self.request_dict) if is_watched else []
         if not others:
             super().send_event(type, **fields)
-        elif "task" in (self._eventer.groups or ("task",)):
-            for kind, values in self._events(type, others, fields):
-                self._eventer.send(kind, **values)
+            return
+        for kind, values in self._events(type, others, fields):
+            self._eventer.send(kind, **values)
 
     def _events(
         self, kind: str, others: Sequence[UUID], fields: dict[str, Any]

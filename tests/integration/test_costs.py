@@ -260,8 +260,10 @@ def test_sixteen_tasks_of_one_message_cost_as_many_statements_as_one(place: Plac
         bell.close()
     verbs = [each.verb for each in log.statements() if str(ids[-1]) in each.parameters]
     assert [verb for verb in verbs if verb not in _BY_TIME] == ["claim", "finish"]
-    assert commands.names(str(ids[-1])) == ["LPUSH", "PUBLISH"]
+    # Their ends are told by one command, which publishes each.
+    assert commands.names(str(ids[-1])) == ["LPUSH", "EVAL", "PUBLISH"]
     assert commands.names("LPUSH") == ["LPUSH"]
+    assert commands.names("EVAL") == ["EVAL"]
 
 
 def test_a_look_at_a_task_costs_one_statement(place: Place) -> None:

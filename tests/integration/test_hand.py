@@ -385,9 +385,9 @@ def test_what_waits_too_long_for_its_turn_is_put_back_by_the_keeper(site: Site) 
     site.reports.tell(Word.BEGAN, ran, limit_s=60)
     watch = keeper_of(site)
     watch._take_reports()
-    watch._release_waiting(watch._running[waits[1]].at + keeper.TAKEN_S - 0.1)
+    watch._release_waiting(watch._running[waits[1].bytes].last.at + keeper.TAKEN_S - 0.1)
     assert states(list(claims)) == ["running", "running"]
-    watch._release_waiting(watch._running[waits[1]].at + keeper.TAKEN_S + 0.1)
+    watch._release_waiting(watch._running[waits[1].bytes].last.at + keeper.TAKEN_S + 0.1)
     assert states(list(claims)) == ["running", "queued"]
     assert outcomes(waits[0]) == ["released"]
 
@@ -417,4 +417,4 @@ def test_a_claim_that_is_recorded_but_not_yet_told_costs_the_process_nothing(sit
                 ).bindparams(first='{"number": 10}'))  # fmt: skip
     for _ in range(2):
         watch._extend(0.0)  # else it would end this process
-    assert set(watch._running) == {ran[1]}
+    assert set(watch._running) == {ran[1].bytes}
