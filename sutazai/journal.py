@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import cache
 from typing import Any
 from uuid import UUID
 
@@ -36,6 +37,7 @@ class Journal:
     def __init__(self, agent: str, task_id: UUID, claim_id: UUID, attempt: int) -> None:
         self._agent = agent
         self._attempt = (task_id, claim_id)
+        self._logger = _logger_of(agent)
         # Whoever writes first gets the lower event id, and must be read first.
         self._writing = threading.Lock()
         self._lines: list[dict[str, Any]] = []
@@ -44,10 +46,6 @@ class Journal:
         self._told_at = float("-inf")
         self._count = self._bytes = 0
         self._is_counted = attempt == 1
-
-    def _logger(self) -> log.Logger:
-        # Only on use: most attempts tell nothing.
-        return log.get(f"sutazai.tasks.{self._agent}")
 
     def debug(self, event: str, /, **fields: Any) -> None:
         """Log a detail."""
@@ -134,12 +132,12 @@ class Journal:
         try:
             return db.run(statement)
         except db.REFUSALS as error:
-            self._logger().warning("PostgreSQL refuses what was told", error=str(error)[:500])
+            self._logger.warning("PostgreSQL refuses what was told", error=str(error)[:500])
             return None
 
     def _keep(self, level: str, event: str, fields: dict[str, Any]) -> None:
         fields.pop("event", None)  # the line has one
-        getattr(self._logger(), level)(event, **fields)
+        getattr(self._logger, level)(event, **fields)
         line = {
             **{_storable(name): _plain(value) for name, value in fields.items()},
             "at": datetime.now(UTC).isoformat().replace("+00:00", "Z"),
@@ -158,6 +156,11 @@ class Journal:
 
     def _announce(self, kind: str, **event: Any) -> None:
         redis.announce(self._agent, self._attempt[0], kind=kind, **event)
+
+
+@cache
+def _logger_of(agent: str) -> log.Logger:
+    return log.get(f"sutazai.tasks.{agent}")
 
 
 def _plain(value: Any) -> Any:

@@ -118,7 +118,7 @@ class HandRequest(Request):  # type: ignore[misc]
 
     def send_event(self, type: str, **fields: Any) -> None:  # noqa: A002 - Celery's name
         """Send an event; for a hand, those of all its tasks instead."""
-        is_watched = "task" in (self._eventer.groups or ("task",))
+        is_watched = self._eventer and "task" in (self._eventer.groups or ("task",))
         others = others_of(self.request_dict) if is_watched else []
         if not others:
             super().send_event(type, **fields)

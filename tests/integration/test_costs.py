@@ -123,7 +123,8 @@ class Commands:
                 for command in monitor.listen():
                     if end in command["command"]:
                         return
-                    self.said.append(command["command"])
+                    if command["client_type"] != "lua":  # what a script does is not sent
+                        self.said.append(command["command"])
 
             thread = threading.Thread(target=listen)
             thread.start()
@@ -256,14 +257,14 @@ def test_sixteen_tasks_of_one_message_cost_as_many_statements_as_one(place: Plac
         bell.ring([submission.notice for submission in wanted], Pace(together=TOGETHER_MAX))
         ids = [submission.task_id for submission in wanted]
         until(lambda: len(db.run(statements.ended(ids))) == TOGETHER_MAX, 60)
-        until(lambda: "PUBLISH" in commands.names(str(ids[-1])), 60)  # after the commit
+        until(lambda: len(commands.names(str(ids[-1]))) > 1, 60)  # the signal follows the commit
         bell.close()
     verbs = [each.verb for each in log.statements() if str(ids[-1]) in each.parameters]
     assert [verb for verb in verbs if verb not in _BY_TIME] == ["claim", "finish"]
-    # Their ends are told by one command, which publishes each.
-    assert commands.names(str(ids[-1])) == ["LPUSH", "EVAL", "PUBLISH"]
     assert commands.names("LPUSH") == ["LPUSH"]
-    assert commands.names("EVAL") == ["EVAL"]
+    # One command tells of all their ends; of some, should recording them be held up for 50 ms.
+    told = [name for name in commands.names() if name in ("EVAL", "PUBLISH")]
+    assert 1 <= len(told) <= 2
 
 
 def test_a_look_at_a_task_costs_one_statement(place: Place) -> None:

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Iterator
 
 import pytest
+import structlog
 
 from sutazai import log
 
@@ -16,6 +17,7 @@ def _restored() -> Iterator[None]:
     yield
     root.handlers[:] = handlers
     root.setLevel(level)
+    structlog.reset_defaults()
 
 
 def test_json_lines_carry_the_fields_of_the_task_also_from_other_libraries(
@@ -58,3 +60,14 @@ def test_routine_lines_of_libraries_are_left_out(capsys: pytest.CaptureFixture[s
     assert [json.loads(line)["event"] for line in capsys.readouterr().err.splitlines()] == [
         "Task x failed"
     ]
+
+
+@pytest.mark.parametrize(("level", "told"), [("info", ["info"]), ("debug", ["debug", "info"])])
+def test_details_are_told_at_the_level_that_asks_for_them(
+    level: str, told: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    log.configure("json", level)
+    ours = log.get("ours")
+    ours.debug("a detail")
+    ours.info("what happened")
+    assert [json.loads(line)["level"] for line in capsys.readouterr().err.splitlines()] == told
