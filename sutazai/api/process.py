@@ -55,10 +55,7 @@ _NO_QUERY = ProcessQuery()
 async def process(request: Request) -> Response:
     """Perform an action and answer with its result, or with 202 when that takes too long."""
     front = front_of(request)
-    query = parse_query(ProcessQuery, request) if request.scope["query_string"] else _NO_QUERY
-    body = await read_object(request)
-    key = read_key(request, body.pop("request_id", None), "request_id")
-    submission = _submission(front, body, query, key)
+    submission = await _read(front, request)
     preference = read_preference(request.headers.getlist("prefer"))
     if not preference.wait_s:
         accepted = await accept(front, submission)
@@ -66,8 +63,11 @@ async def process(request: Request) -> Response:
     return await _wait(front, submission, preference)
 
 
-def _submission(front: Front, body: dict[str, Any], query: ProcessQuery, key: Any) -> Submission:
+async def _read(front: Front, request: Request) -> Submission:
     agent = front.agent
+    query = parse_query(ProcessQuery, request) if request.scope["query_string"] else _NO_QUERY
+    body = await read_object(request)
+    key = read_key(request, body.pop("request_id", None), "request_id")
     if "action" not in body and agent.default_action:
         action = agent.get(agent.default_action)
     else:

@@ -34,6 +34,9 @@ class Protocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for a request."""
         super().connection_made(_Gathering(transport, self.loop))  # type: ignore[arg-type]
+        # What uvicorn makes of each connection weighs as much as all that ours knows of it.
+        self.pipeline = _Pipeline()  # type: ignore[assignment]
+        self.flow._is_writable_event = _Event(is_set=True)  # type: ignore[assignment]
         self._arm()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -63,6 +66,7 @@ class Protocol(HttpToolsProtocol):
         self._header_bytes = 0
         self._disarm()
         super().on_headers_complete()
+        self.cycle.message_event = _Event()  # type: ignore[assignment]
 
     def on_message_complete(self) -> None:
         """Expect the next header."""
@@ -109,6 +113,42 @@ class Protocol(HttpToolsProtocol):
         lines += [name + b": " + value + b"\r\n" for name, value in answer.raw_headers]
         self.transport.write(b"".join([*lines, b"\r\n", answer.body]))
         self.transport.close()
+
+
+class _Pipeline(list[Any]):
+    """Requests that have come before their turn; empty, a tenth of a deque."""
+
+    __slots__ = ()
+
+    def appendleft(self, item: Any) -> None:
+        """Let one more wait, behind the others: the last in the list is the next."""
+        self.insert(0, item)
+
+
+class _Event:
+    """What uvicorn uses of asyncio's, without the queue that each of those makes for waiters."""
+
+    __slots__ = ("_is_set", "_waiters")
+
+    def __init__(self, *, is_set: bool = False) -> None:
+        self._is_set = is_set
+        self._waiters: tuple[asyncio.Future[None], ...] = ()
+
+    def set(self) -> None:
+        self._is_set = True
+        woken, self._waiters = self._waiters, ()
+        for waiter in woken:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    def clear(self) -> None:
+        self._is_set = False
+
+    async def wait(self) -> None:
+        if not self._is_set:
+            waiter = asyncio.get_running_loop().create_future()
+            self._waiters = (*self._waiters, waiter)
+            await waiter
 
 
 class _Gathering:

@@ -6,6 +6,7 @@ import asyncio
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -447,6 +448,37 @@ def test_a_body_that_waits_for_the_answer_before_it_is_not_late(
         while answers.count(b"HTTP/1.1 ") < 2:
             answers += connection.recv(4096)
     assert answers.count(b"HTTP/1.1 202 ") == 2
+
+
+def test_requests_sent_at_once_are_answered_in_their_order(front: Front) -> None:
+    ids = [f"request-{number}" for number in range(5)]
+    with socket.create_connection(("127.0.0.1", front.port), timeout=10) as connection:
+        connection.sendall(
+            b"".join(
+                b"GET /health/live HTTP/1.1\r\nhost: x\r\nx-request-id: %s\r\n\r\n" % each.encode()
+                for each in ids
+            )
+        )
+        answers = b""
+        while answers.count(b"HTTP/1.1 200 ") < len(ids):
+            answers += connection.recv(4096)
+    assert re.findall(rb"x-request-id: (\S+)", answers.lower()) == [each.encode() for each in ids]
+
+
+def test_a_client_that_reads_late_gets_everything(front: Front) -> None:
+    wanted = 200
+    size = len(front.client.get("/openapi.json").content)
+    assert wanted * size > 1 << 22  # more than the sockets hold
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.settimeout(30)
+        connection.connect(("127.0.0.1", front.port))
+        connection.sendall(b"GET /openapi.json HTTP/1.1\r\nhost: x\r\n\r\n" * wanted)
+        with connection.makefile("rb") as answers:
+            for _ in range(wanted):
+                while line := answers.readline().strip():
+                    assert line.startswith(b"HTTP/1.1 200 ") or b": " in line
+                assert len(answers.read(size)) == size
 
 
 def test_endless_headers_and_garbage_are_refused(front: Front) -> None:
