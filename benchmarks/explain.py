@@ -23,6 +23,7 @@ from benchmarks.place import AGENT
 from benchmarks.stores import Stores, stores
 from sutazai import db, migration, statements
 from sutazai.agent import RETENTION
+from sutazai.bell import TOGETHER_MAX
 from sutazai.models import new_id
 from sutazai.settings import override
 from sutazai.state import Outcome, State
@@ -37,9 +38,9 @@ OTHERS = ("other", "idle")
 class Sample:
     """Rows of the table that statements are tried on."""
 
-    queued: UUID
-    running: UUID
-    claim_id: UUID
+    queued: list[UUID]
+    running: list[tuple[UUID, UUID]]
+    """Tasks and their claims."""
     ended: UUID
     since: datetime
 
@@ -102,17 +103,17 @@ def _report(own: Stores, rows: int, backlog: int) -> Iterator[str]:
 
 
 def _prepare(connection: psycopg.Connection[Any]) -> Sample:
-    """Let some tasks run, one of them known, and return what the statements are tried on."""
+    """Let some tasks run, and return what the statements are tried on."""
     connection.execute(_ENLIST, {"id": WORKER_ID, "agent": AGENT})
     connection.execute(_LET_RUN, {"id": WORKER_ID, "agent": AGENT, "count": RUNNING})
     connection.execute(_LET_RING, {"agent": AGENT, "count": 1000})
     connection.execute("VACUUM (ANALYZE) tasks")
-    found = [connection.execute(query).fetchone() for query in (_ONE_QUEUED, _ONE_RUNNING)]
+    hand = {"count": TOGETHER_MAX}
+    queued, running = (connection.execute(each, hand).fetchall() for each in (_QUEUED, _RUNNING))
     ended = connection.execute(_ONE_ENDED, {"agent": AGENT}).fetchone()
-    assert found[0]
-    assert found[1]
+    assert len(queued) == len(running) == TOGETHER_MAX
     assert ended
-    return Sample(found[0][0], found[1][0], found[1][1], ended[0], ended[1])
+    return Sample([row[0] for row in queued], running, *ended)
 
 
 _ENLIST = """
@@ -132,8 +133,14 @@ _LET_RING = """
     WHERE task_id IN (SELECT task_id FROM tasks WHERE agent = %(agent)s AND state = 'queued'
                       AND rings = 0 ORDER BY priority DESC, task_id LIMIT %(count)s)
 """
-_ONE_QUEUED = "SELECT task_id FROM tasks WHERE state = 'queued' AND rings > 0 LIMIT 1"
-_ONE_RUNNING = "SELECT task_id, claim_id FROM tasks WHERE state = 'running' LIMIT 1"
+_QUEUED = """
+    SELECT task_id FROM tasks WHERE state = 'queued' AND rings > 0
+    ORDER BY priority DESC, task_id LIMIT %(count)s
+"""
+_RUNNING = """
+    SELECT task_id, claim_id FROM tasks WHERE state = 'running'
+    ORDER BY priority DESC, task_id LIMIT %(count)s
+"""
 _ONE_ENDED = """
     SELECT task_id, finished_at FROM tasks WHERE agent = %(agent)s AND finished_at IS NOT NULL
     ORDER BY finished_at DESC OFFSET 1000 LIMIT 1
@@ -156,7 +163,11 @@ def _row(task_id: UUID) -> dict[str, Any]:
 
 def _wanted(sample: Sample) -> Mapping[str, Executable | db.Ready]:
     """Return what fronts, workers and relays run often, by name."""
-    attempt = (sample.running, sample.claim_id)
+    queued, attempt = sample.queued[0], sample.running[0]
+    endings = [
+        statements.Ending(*each, State.SUCCEEDED, Outcome.SUCCEEDED, 0.0, 1.0, {"number": 1})
+        for each in sample.running
+    ]
     claimant: dict[str, Any] = {
         "agent": AGENT,
         "action": "echo",
@@ -170,24 +181,21 @@ def _wanted(sample: Sample) -> Mapping[str, Executable | db.Ready]:
         "accept_many of 100": statements.accept_many([_row(new_id()) for _ in range(100)]),
         "admission with a limit": statements.admission(AGENT, 10_000),
         "queue_position": statements.queue_position(new_id(), AGENT, 5),
-        "claim": statements.claim(sample.queued, **claimant, claim_id=uuid4()),
-        "claim_many of 16": statements.claim_many(
-            {task_id: uuid4() for task_id in [sample.queued, *(new_id() for _ in range(15))]},
-            **claimant,
+        "claim": statements.claim(queued, **claimant, claim_id=uuid4()),
+        f"claim_many of {TOGETHER_MAX}": statements.claim_many(
+            {task_id: uuid4() for task_id in sample.queued}, **claimant
         ),
-        "unclaimed": statements.unclaimed(sample.queued, WORKER_ID),
-        "extend": statements.extend([attempt]),
+        "unclaimed": statements.unclaimed(queued, WORKER_ID),
+        f"extend of {TOGETHER_MAX}": statements.extend(sample.running),
         "finish": statements.finish(
             *attempt, State.SUCCEEDED, Outcome.SUCCEEDED, result={"number": 1}
         ),
-        "finish_many": statements.finish_many(
-            [statements.Ending(*attempt, State.SUCCEEDED, Outcome.SUCCEEDED, 0.0, 1.0, {})], 2.0
-        ),
+        f"finish_many of {TOGETHER_MAX}": statements.finish_many(endings, 2.0),
         "requeue": statements.requeue(*attempt, Outcome.RELEASED),
         "result": statements.result(sample.ended),
         "task": statements.task(sample.ended),
         "ended of 1,000": statements.ended([new_id() for _ in range(999)] + [sample.ended]),
-        "followed": statements.followed(sample.running, 0, 100),
+        "followed": statements.followed(attempt[0], 0, 100),
         "tasks_page": statements.tasks_page(**page),
         "tasks_page of all agents": statements.tasks_page(limit=50),
         "tasks_page before a cursor": statements.tasks_page(**page, before=sample.ended),
@@ -221,7 +229,7 @@ def _wanted(sample: Sample) -> Mapping[str, Executable | db.Ready]:
         "ring_afresh": statements.ring_afresh(AGENT),
         "ring_children": statements.ring_children([sample.ended]),
         "ring_put_off": statements.ring_put_off(AGENT),
-        "ring_failed": statements.ring_failed([sample.queued]),
+        "ring_failed": statements.ring_failed([queued]),
         "past_deadline": statements.past_deadline(500),
         "lease_expired": statements.lease_expired(1000),
         "prune": statements.prune({AGENT: RETENTION}, otherwise=RETENTION, limit=1000),
