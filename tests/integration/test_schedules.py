@@ -6,9 +6,11 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
+from functools import cache
 from typing import Any
 
 import pytest
@@ -25,7 +27,6 @@ from sutazai.scheduler import PostgresScheduler, declare
 from tests.conftest import Servers
 from tests.integration.served import Front, until
 
-_MINUTE = timedelta(minutes=1)
 _JSON = {"Content-Type": "application/json"}
 
 AGENT = "task-assignment-coordinator"
@@ -37,20 +38,54 @@ def agents() -> Mapping[str, Agent]:
     return load().agents
 
 
-def add(name: str = "s", *, late: str | None = None, **values: Any) -> None:
-    """Add a schedule; late: its next tick was to come so long ago."""
-    times = {} if "cron" in values else {"every_s": 60}
+def period_s(least: int, first: float, last: float) -> int:
+    """Return a period that is now between two fractions of itself.
+
+    Ticks come on multiples of it: none comes while a test runs, whenever that is.
+    """
+    periods = range(least, 2 * least)
+    return next(each for each in periods if first < time.time() % each / each < last)
+
+
+@cache
+def usual_s() -> int:
+    """Return a period whose latest tick came a moment ago."""
+    return period_s(60, 0, 0.25)
+
+
+@pytest.fixture(autouse=True)
+def _period() -> None:
+    usual_s.cache_clear()
+
+
+def add(name: str = "s", *, late: int | None = None, **values: Any) -> None:
+    """Add a schedule; late: so many ticks before the latest one were not taken either."""
+    times = {} if "cron" in values else {"every_s": usual_s()}
     new = NewSchedule(name=name, action="describe", **{**times, **values})
+    each_s = 60 if "cron" in values else times["every_s"]
     with db.transaction() as connection:
         schedule.add(connection, new, agents()[AGENT])
-        if late:
+        if late is not None:
             connection.execute(
                 text(
-                    "UPDATE schedules SET next_tick_at = date_trunc('minute', now()) "
-                    "- CAST(:late AS interval) WHERE name = :name"
+                    "UPDATE schedules SET next_tick_at = to_timestamp("
+                    "floor(extract(epoch FROM now()) / :each_s) * :each_s - :late * :each_s) "
+                    "WHERE name = :name"
                 ),
-                {"late": late, "name": name},
+                {"late": late, "each_s": each_s, "name": name},
             )
+
+
+def put_back(ticks: int, name: str = "s") -> None:
+    """Let the latest ticks that were taken come again."""
+    with db.transaction() as connection:
+        connection.execute(
+            text(
+                "UPDATE schedules SET next_tick_at = next_tick_at "
+                "- :ticks * make_interval(secs => every_s) WHERE name = :name"
+            ),
+            {"ticks": ticks, "name": name},
+        )
 
 
 def take(name: str = "s") -> schedule.Taken | None:
@@ -90,7 +125,7 @@ def test_two_beats_at_once_make_one_task_a_tick(conf: Any) -> None:
     declare(app.conf)
     names = [f"s{number}" for number in range(20)]
     for name in names:
-        add(name, late="5 minutes", catch_up=3, overlap="queue")
+        add(name, late=5, catch_up=3, overlap="queue")
     beats = [PostgresScheduler(app=app) for _ in range(3)]
     together = threading.Barrier(len(beats))
 
@@ -113,8 +148,8 @@ def test_two_beats_at_once_make_one_task_a_tick(conf: Any) -> None:
 def test_a_beat_that_takes_long_over_one_schedule_holds_up_no_other_beat(conf: Any) -> None:
     from sutazai.celery import app
 
-    add("busy", late="1 minute")
-    add("free", late="1 minute")
+    add("busy", late=1)
+    add("free", late=1)
     beat = PostgresScheduler(app=app)
     with db.transaction() as another:
         assert another.execute(statements.take_schedule("busy")).first()
@@ -125,7 +160,7 @@ def test_a_beat_that_takes_long_over_one_schedule_holds_up_no_other_beat(conf: A
 
 
 def test_a_tick_is_not_taken_again_even_if_its_row_forgets(database: Servers) -> None:
-    add(late="0 minutes", overlap="queue")
+    add(late=0, overlap="queue")
     taken = take()
     assert taken is not None
     assert len(taken.due) == 1
@@ -151,49 +186,50 @@ def test_a_new_schedule_waits_for_its_next_tick(database: Servers) -> None:
 @pytest.mark.parametrize(
     ("catch_up", "taken", "missed"), [("none", 0, 12), ("last", 1, 11), (4, 4, 8), (100, 12, 0)]
 )
-@pytest.mark.parametrize("timing", [{"every_s": 3600}, {"cron": "{} * * * *"}], ids=str)
+@pytest.mark.parametrize("kind", ["every_s", "cron"])
 def test_after_an_outage_of_all_beats(
-    database: Servers, timing: dict[str, Any], catch_up: Any, taken: int, missed: int
+    database: Servers, kind: str, catch_up: Any, taken: int, missed: int
 ) -> None:
-    with db.transaction() as connection:
-        now = connection.execute(statements.now()).scalar_one()
-    if "cron" in timing:
-        # Half an hour away from now, so that the latest tick is not on time.
-        timing = {"cron": f"{(now.minute + 30) % 60} * * * *"}
+    # In both the latest tick came half a period ago, and so is not on time.
+    timing: dict[str, Any] = {"every_s": period_s(3600, 0.4, 0.6)}
+    if kind == "cron":
+        timing = {"cron": f"{(datetime.now(UTC).minute + 30) % 60} * * * *"}
     add(catch_up=catch_up, overlap="queue", **timing)
-    late = text("UPDATE schedules SET next_tick_at = next_tick_at - interval '12 hours'")
     with db.transaction() as connection:
-        connection.execute(late)
-    if catch_up == "none" and now.minute == 0 and "every_s" in timing:
-        return  # the latest tick is on time
+        connection.execute(
+            text(
+                "UPDATE schedules SET next_tick_at = next_tick_at "
+                "- 12 * make_interval(secs => coalesce(every_s, 3600))"
+            )
+        )
     take()
     assert (len(made()), row().missed) == (taken, missed)
 
 
 def test_what_was_missed_is_counted_and_ticking_goes_on(database: Servers) -> None:
-    add(late="10 minutes", catch_up="last")
+    add(late=10, catch_up="last")
     take()
     assert (len(made()), row().missed) == (1, 10)
     with db.transaction() as connection:
         next_s = connection.execute(statements.next_tick([AGENT])).scalar_one()
-    assert 0 < next_s <= 60
+    assert 0 < next_s <= usual_s()
 
 
 def test_overlap_skip(database: Servers) -> None:
-    add(late="2 minutes", catch_up=5)
+    add(late=2, catch_up=5)
     take()
     assert states() == ["queued"]
     assert (row().skipped, row().missed) == (2, 0)
 
 
 def test_overlap_queue(database: Servers) -> None:
-    add(late="2 minutes", catch_up=5, overlap="queue")
+    add(late=2, catch_up=5, overlap="queue")
     take()
     assert states() == ["queued"] * 3
 
 
 def test_overlap_replace(database: Servers) -> None:
-    add(late="2 minutes", catch_up=5, overlap="replace")
+    add(late=2, catch_up=5, overlap="replace")
     taken = take()
     assert states() == ["cancelled", "cancelled", "queued"]
     assert taken is not None
@@ -201,23 +237,22 @@ def test_overlap_replace(database: Servers) -> None:
 
 
 def test_an_ended_task_is_not_in_the_way(database: Servers) -> None:
-    add(late="0 minutes")
+    add(late=0)
     take()
     with db.transaction() as connection:
         lifecycle.cancel(connection, made()[0].task_id)
-        connection.execute(
-            text("UPDATE schedules SET next_tick_at = last_tick_at - interval '1 minute'")
-        )
+    put_back(2)
     take()
     assert row().skipped == 0
 
 
 def test_jitter_starts_later_and_is_left_to_the_relay(database: Servers) -> None:
-    add(late="0 minutes", every_s=60, jitter_s=3600, expires=True)
+    add(late=0, jitter_s=3600, expires=True)
     taken = take()
     [task] = made()
-    assert task.tick_at <= task.run_at < task.tick_at + _MINUTE
-    assert task.deadline_at == task.tick_at + _MINUTE
+    next_at = task.tick_at + timedelta(seconds=usual_s())
+    assert task.tick_at <= task.run_at < next_at
+    assert task.deadline_at == next_at
     is_due = task.run_at <= task.created_at
     assert taken is not None
     assert [len(taken.due), task.next_ring_at is not None] == [int(is_due), is_due]
@@ -226,20 +261,15 @@ def test_jitter_starts_later_and_is_left_to_the_relay(database: Servers) -> None
 def test_a_draining_queue_misses_its_tick_and_stops_no_other(conf: Any) -> None:
     from sutazai.celery import app
 
-    add("drained", late="0 minutes", overlap="replace")
+    add("drained", late=0, overlap="replace")
     take("drained")
-    add("other", late="0 minutes")
+    add("other", late=0)
     with db.transaction() as connection:
         connection.execute(
             text("UPDATE schedules SET agent = 'ai-metrics-exporter' WHERE name = 'other'")
         )
-        connection.execute(
-            text(
-                "UPDATE schedules SET next_tick_at = next_tick_at - "
-                "interval '2 minutes' WHERE name = 'drained'"
-            )
-        )
         connection.execute(statements.set_queue(AGENT, draining=True))
+    put_back(2, "drained")
     beat = PostgresScheduler(app=app)
     beat.tick()
     assert states("drained") == ["queued"]  # what was to be replaced is still there
@@ -251,8 +281,8 @@ def test_a_draining_queue_misses_its_tick_and_stops_no_other(conf: Any) -> None:
 def test_a_schedule_that_cannot_be_read_here_stops_no_other(conf: Any) -> None:
     from sutazai.celery import app
 
-    add("first", cron="* * * * *", late="1 minute")
-    add("second", late="0 minutes")
+    add("first", cron="* * * * *", late=1)
+    add("second", late=0)
     with db.transaction() as connection:
         connection.execute(
             text("UPDATE schedules SET time_zone = 'Mars/Olympus' WHERE name = 'first'")
@@ -268,7 +298,7 @@ def test_a_schedule_that_cannot_be_read_here_stops_no_other(conf: Any) -> None:
 
 
 def test_a_schedule_whose_action_is_gone_misses_its_ticks(database: Servers) -> None:
-    add(late="0 minutes")
+    add(late=0)
     with db.transaction() as connection:
         connection.execute(text("UPDATE schedules SET action = 'gone'"))
     take()
@@ -280,7 +310,7 @@ def test_each_host_has_a_task_of_its_own(database: Servers) -> None:
         worker = Identity(f"{AGENT}@{host}", AGENT, host)
         with db.transaction() as connection:
             connection.execute(statements.enlist({**worker.row, "slots": 1}))
-    add(late="1 minute", on="each-host", catch_up=2)
+    add(late=1, on="each-host", catch_up=2)
     take()
     assert sorted(task.host for task in made()) == ["a", "b"]
     assert row().skipped == 2
