@@ -1,9 +1,9 @@
 """Calls that are made unless they are called off first, which nearly all of them are.
 
 A `threading.Timer` starts a thread for each, whether it will be needed or not. Here one thread of
-the process waits for all, and only what comes due gets a thread of its own. It wakes for the first
-of what waits, and then forgets all that was called off meanwhile: thousands of calls a second, each
-planned for 50 ms and called off, wake it twenty times.
+the process waits for all, and only what comes due gets a thread of its own. It sleeps until the
+first of what is planned, and forgets then what was called off before the next: thousands of calls
+a second, each planned for 50 ms and called off, wake it some tens of times.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ import threading
 import time
 from collections.abc import Callable
 
-from sutazai import log
-
-_logger = log.get(__name__)
+AGAIN_S = 1.0
+"""A call is put off so long when there are as many threads as there may be."""
 
 
 class Call:
@@ -38,36 +37,36 @@ class Call:
         """Whether it was called off."""
         return self._work is None
 
-    def begin(self) -> None:
-        """Make the call, on a thread of its own: it may wait for a store."""
+    def begin(self) -> bool:
+        """Make the call, on a thread of its own: it may wait for a store. False: there is none."""
         work = self._work
-        if work is None:
-            return
-        try:
-            threading.Thread(target=work, name="alarm-call", daemon=True).start()
-        except RuntimeError as error:  # there are as many threads as there may be
-            _logger.warning("a planned call is left out", reason=str(error))
+        if work is not None:
+            try:
+                threading.Thread(target=work, name="alarm-call", daemon=True).start()
+            except RuntimeError:
+                return False
+        return True
 
 
 class Alarm:
     """Begins calls when their time has come."""
 
     def __init__(self) -> None:
-        # A plain lock: a signal handler that raises cannot leave it locked.
-        self._lock = threading.Lock()
+        # Entered itself, not through the condition, whose methods are Python's: so a signal handler
+        # that raises cannot leave it locked, and one that plans a call can enter it again.
+        self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._planned: list[tuple[float, int, Call]] = []
         self._numbers = itertools.count()
         self._thread: threading.Thread | None = None
         self.sleeps_until = 0.0
-        """When the thread looks again by itself; infinite, while nothing is planned."""
+        """When the thread looks again by itself; infinite without a plan, 0 before it runs."""
 
     def after(self, delay_s: float, work: Callable[[], object]) -> Call:
         """Plan a call on a thread of its own."""
         call = Call(work)
-        at = time.monotonic() + delay_s
         with self._lock:
-            heapq.heappush(self._planned, (at, next(self._numbers), call))
+            at = self._plan(delay_s, call)
             if self._thread is None:
                 thread = threading.Thread(target=self._run, name="alarm", daemon=True)
                 thread.start()
@@ -75,6 +74,11 @@ class Alarm:
             elif at < self.sleeps_until:
                 self._changed.notify()
         return call
+
+    def _plan(self, delay_s: float, call: Call) -> float:
+        at = time.monotonic() + delay_s
+        heapq.heappush(self._planned, (at, next(self._numbers), call))
+        return at
 
     def _run(self) -> None:
         with self._lock:
@@ -85,8 +89,10 @@ class Alarm:
                 left_s = self.sleeps_until - time.monotonic()
                 if left_s > 0:
                     self._changed.wait(min(left_s, threading.TIMEOUT_MAX))
-                else:
-                    heapq.heappop(self._planned)[2].begin()
+                    continue
+                _, _, call = heapq.heappop(self._planned)
+                if not call.begin():
+                    self._plan(AGAIN_S, call)
 
 
 _alarm = Alarm()

@@ -7,6 +7,7 @@ ends its header fills the memory.
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -35,7 +36,7 @@ class Protocol(HttpToolsProtocol):
         """Begin to wait for a request."""
         super().connection_made(_Gathering(transport, self.loop))  # type: ignore[arg-type]
         # What uvicorn makes of each connection weighs as much as all that ours knows of it.
-        self.pipeline = _Pipeline()  # type: ignore[assignment]
+        self.pipeline = ()  # type: ignore[assignment]
         self.flow._is_writable_event = _Event(is_set=True)  # type: ignore[assignment]
         self._arm()
 
@@ -65,6 +66,8 @@ class Protocol(HttpToolsProtocol):
         self._in_header = False
         self._header_bytes = 0
         self._disarm()
+        if not self.pipeline and self.cycle is not None and not self.cycle.response_complete:
+            self.pipeline = deque()  # this request has come before its turn
         super().on_headers_complete()
         self.cycle.message_event = _Event()  # type: ignore[assignment]
 
@@ -113,16 +116,6 @@ class Protocol(HttpToolsProtocol):
         lines += [name + b": " + value + b"\r\n" for name, value in answer.raw_headers]
         self.transport.write(b"".join([*lines, b"\r\n", answer.body]))
         self.transport.close()
-
-
-class _Pipeline(list[Any]):
-    """Requests that have come before their turn; empty, a tenth of a deque."""
-
-    __slots__ = ()
-
-    def appendleft(self, item: Any) -> None:
-        """Let one more wait, behind the others: the last in the list is the next."""
-        self.insert(0, item)
 
 
 class _Event:

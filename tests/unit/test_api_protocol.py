@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from sutazai.api.protocol import _Gathering
+from sutazai.api.protocol import _Event, _Gathering
 
 
 class Sent:
@@ -50,3 +50,23 @@ def test_what_is_written_is_sent_before_the_end() -> None:
         return sent.calls
 
     assert asyncio.run(answer_and_close()) == [b"head body", "close"]
+
+
+def test_an_event_wakes_all_who_wait_and_whoever_comes_later() -> None:
+    async def wait() -> None:
+        event = _Event()
+        waiters = [asyncio.create_task(event.wait()) for _ in range(3)]
+        await asyncio.sleep(0)
+        waiters[0].cancel()
+        event.set()
+        done = await asyncio.gather(*waiters, return_exceptions=True)
+        assert [type(each) for each in done] == [asyncio.CancelledError, type(None), type(None)]
+        await event.wait()
+        event.clear()
+        late = asyncio.create_task(event.wait())
+        await asyncio.sleep(0)
+        assert not late.done()
+        event.set()
+        await late
+
+    asyncio.run(asyncio.wait_for(wait(), 30))
