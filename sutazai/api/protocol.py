@@ -35,7 +35,7 @@ class Protocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for a request."""
         super().connection_made(_Gathering(transport, self.loop))  # type: ignore[arg-type]
-        # What uvicorn makes of each connection weighs as much as all that ours knows of it.
+        # uvicorn's own hold a queue each, which is mostly room for what never comes.
         self.pipeline = ()  # type: ignore[assignment]
         self.flow._is_writable_event = _Event(is_set=True)  # type: ignore[assignment]
         self._arm()

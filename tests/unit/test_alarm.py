@@ -34,6 +34,13 @@ def wait_until_asleep(own: Alarm) -> None:
         pass
 
 
+def makes_calls(own: Alarm) -> bool:
+    """Whether an alarm makes a call that is planned now."""
+    made = threading.Event()
+    own.after(SOON_S, made.set)
+    return made.wait(30)
+
+
 def test_a_call_is_made_when_its_time_has_come() -> None:
     made = threading.Event()
     began = time.monotonic()
@@ -46,9 +53,7 @@ def test_an_earlier_call_is_not_kept_waiting_by_a_later_one() -> None:
     own = Alarm()
     own.after(NEVER_S, nothing)
     wait_until_asleep(own)
-    made = threading.Event()
-    own.after(SOON_S, made.set)
-    assert made.wait(30)
+    assert makes_calls(own)
 
 
 def test_a_call_that_was_called_off_is_not_made() -> None:
@@ -153,9 +158,7 @@ def test_a_signal_handler_that_raises_stops_no_alarm() -> None:
         for _ in range(50):
             with pytest.raises(Interruption):
                 plan_until_interrupted(own)
-    made = threading.Event()
-    own.after(SOON_S, made.set)
-    assert made.wait(30)
+    assert makes_calls(own)
 
 
 def test_a_signal_handler_may_plan_a_call() -> None:
