@@ -198,13 +198,20 @@ def _wanted(sample: Sample) -> Mapping[str, Executable | db.Ready]:
         "followed": statements.followed(attempt[0], 0, 100),
         "tasks_page": statements.tasks_page(**page),
         "tasks_page of all agents": statements.tasks_page(limit=50),
-        "tasks_page before a cursor": statements.tasks_page(**page, before=sample.ended),
+        "tasks_page before a cursor": statements.tasks_page(
+            **page, before=(sample.since, sample.ended)
+        ),
         "tasks_page of succeeded ones": statements.tasks_page(**page, states=["succeeded"]),
         "tasks_page of failed ones": statements.tasks_page(**page, states=["failed"]),
         "tasks_page of running ones": statements.tasks_page(**page, states=["running"]),
         "tasks_page of cancelled ones": statements.tasks_page(**page, states=["cancelled"]),
         "tasks_page of an action": statements.tasks_page(**page, action="describe"),
+        "tasks_page of an action of all agents": statements.tasks_page(limit=50, action="echo"),
         "tasks_page of a label": statements.tasks_page(**page, labels={"colour": "red"}),
+        "tasks_page of a frequent label": statements.tasks_page(**page, labels={"colour": "blue"}),
+        "tasks_page of a label of all agents": statements.tasks_page(
+            limit=50, labels={"colour": "red"}
+        ),
         "tasks_page of a day": statements.tasks_page(
             **page, since=sample.since - timedelta(days=11), until=sample.since - timedelta(days=10)
         ),

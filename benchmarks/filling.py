@@ -23,7 +23,8 @@ def fill_history(
 ) -> None:
     """Insert ended tasks, each with its attempt, until there are so many; `have` are there.
 
-    One in fifty has failed, one in four is another agent's.
+    One in fifty has failed, one in four is another agent's, one in twenty is labelled; one in
+    100,000 is of another action, and as many have another label.
     """
     connection.execute("SET synchronous_commit = off")
     for start in range(have, wanted, CHUNK):
@@ -39,7 +40,7 @@ _HISTORY = """
     WITH made AS (
         INSERT INTO tasks (
             task_id, agent, action, state, params, result, error, attempt, created_at, run_at,
-            started_at, finished_at, failures, claim_id, worker, worker_id, rings)
+            started_at, finished_at, failures, claim_id, worker, worker_id, rings, labels)
         SELECT
             id, agent, action, CASE WHEN failed THEN 'failed' ELSE 'succeeded' END,
             jsonb_build_object('number', n),
@@ -47,11 +48,14 @@ _HISTORY = """
             CASE WHEN failed THEN jsonb_build_object(
                 'code', 'task_failed', 'message', 'no luck', 'retryable', true) END,
             1, at, at, at + interval '20 ms', at + interval '25 ms', failed::int,
-            gen_random_uuid(), agent || '@host', '00000000-0000-7000-8000-000000000001', 1
+            gen_random_uuid(), agent || '@host', '00000000-0000-7000-8000-000000000001', 1, labels
         FROM (
             SELECT n, id, uuid_extract_timestamp(id) AS at, n %% 50 = 0 AS failed,
                    CASE WHEN n %% 4 = 0 THEN 'other' ELSE %(agent)s END AS agent,
-                   'echo' AS action
+                   CASE WHEN n %% 100000 = 6 THEN 'describe' ELSE 'echo' END AS action,
+                   CASE WHEN n %% 100000 = 7 THEN jsonb_build_object('colour', 'red')
+                        WHEN n %% 20 = 1 THEN jsonb_build_object('colour', 'blue')
+                        ELSE '{}' END AS labels
             FROM (
                 SELECT n, uuidv7(-interval '1 hour' - make_interval(days => %(days)s)
                                  * (1 - n / %(wanted)s::float8)) AS id

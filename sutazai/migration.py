@@ -11,7 +11,7 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
-from sqlalchemy import text
+from sqlalchemy import TextClause, text
 from sqlalchemy.exc import SQLAlchemyError
 
 from sutazai import db
@@ -55,7 +55,9 @@ def wanted() -> str:
     return ScriptDirectory.from_config(_config()).get_current_head() or ""
 
 
-def build_index(name: str, columns: Sequence[str], condition: str | None = None) -> None:
+def build_index(
+    name: str, columns: Sequence[str | TextClause], condition: str | None = None
+) -> None:
     """Build an index of the tasks while they go on; for migrations."""
     drop_index(name)  # building that was interrupted has left one that is never used
     with op.get_context().autocommit_block():

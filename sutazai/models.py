@@ -25,7 +25,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import JSONB
 
-from sutazai.state import LIVE, TERMINAL, State
+from sutazai.state import TERMINAL, State
 
 metadata = MetaData(
     naming_convention={
@@ -171,17 +171,25 @@ Index(
     postgresql_where=(tasks.c.state == State.RUNNING.value) & tasks.c.alone,
 )
 Index("tasks_retry_of", tasks.c.retry_of, postgresql_where=tasks.c.retry_of.is_not(None))
+# Of an error code, in the order in which they are tried again.
 Index(
     "tasks_retryable",
     tasks.c.agent,
     tasks.c.state,
+    text("(error ->> 'code')"),
+    tasks.c.created_at,
     tasks.c.task_id,
     postgresql_where=tasks.c.state.in_([State.FAILED.value, State.CANCELLED.value]),
 )
-# Of a page of tasks: what has ended is not looked for behind a backlog, nor what has not behind
-# years of history. A task is in one of them, so both cost what one index of all would.
-Index("tasks_live", tasks.c.agent, tasks.c.task_id, postgresql_where=tasks.c.state.in_(LIVE))
-Index("tasks_past", tasks.c.agent, tasks.c.task_id, postgresql_where=tasks.c.state.in_(TERMINAL))
+# Of a page of tasks: nothing is looked for behind what does not fit (docs/decisions/0015).
+Index(
+    "tasks_listed",
+    tasks.c.agent,
+    tasks.c.action,
+    tasks.c.state,
+    tasks.c.created_at,
+    tasks.c.task_id,
+)
 Index("tasks_parent", tasks.c.parent_id, postgresql_where=tasks.c.parent_id.is_not(None))
 Index(
     "tasks_ended",
@@ -218,6 +226,17 @@ Index(
     text("coalesce(host, '')"),
     unique=True,
     postgresql_where=tasks.c.tick_at.is_not(None),
+)
+
+# What `tasks.labels` says, to be found by; kept by triggers on `tasks`.
+task_labels = Table(
+    "task_labels",
+    metadata,
+    Column("agent", Text, primary_key=True),
+    Column("name", Text, primary_key=True),
+    Column("value", Text, primary_key=True),
+    Column("created_at", Instant, primary_key=True),
+    Column("task_id", Uuid, primary_key=True),
 )
 
 attempts = Table(

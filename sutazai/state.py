@@ -48,5 +48,4 @@ MOVES: dict[State, frozenset[State]] = {
 }
 """Every allowed move; docs/lifecycle.md draws it, a test walks every pair."""
 
-LIVE = tuple(state.value for state in State if not state.is_terminal)
 TERMINAL = tuple(state.value for state in State if state.is_terminal)

@@ -50,7 +50,7 @@ from sutazai.models import (
     tasks,
     workers,
 )
-from sutazai.state import LIVE, TERMINAL, Outcome, State
+from sutazai.state import Outcome, State
 
 LEASE_S = 30.0
 """How long a claim holds without being extended."""
@@ -444,47 +444,43 @@ def replayable(
     since: datetime | None = None,
     until: datetime | None = None,
     labels: Mapping[str, str] | None = None,
-) -> Select[Any]:
+) -> TextClause:
     """Return ended tasks that were not retried yet, oldest first.
 
     Not those to which their parent had delegated its work: it would start them again itself.
     """
-    again, parent = tasks.alias("again"), tasks.alias("parent")
-    conditions = [
-        tasks.c.agent == agent,
-        # As text, so that every plan may use the index of what has failed or was cancelled.
-        tasks.c.state == literal(state, literal_execute=True),
-        ~exists().where(again.c.retry_of == tasks.c.task_id),
-        ~exists().where(
-            parent.c.task_id == tasks.c.parent_id, parent.c.child_id == tasks.c.task_id
-        ),
-    ]
-    if action:
-        conditions.append(tasks.c.action == action)
-    if code:
-        conditions.append(tasks.c.error["code"].as_string() == code)
-    if since:
-        conditions.append(tasks.c.finished_at >= since)
-    if until:
-        conditions.append(tasks.c.finished_at < until)
-    if labels:
-        conditions.append(tasks.c.labels.contains(dict(labels)))
-    return select(*_REPEATED).where(*conditions).order_by(tasks.c.task_id).limit(limit)
+    values = _given(
+        limit=limit, agent=agent, action=action, code=code, since=since, until=until, labels=labels
+    )
+    if code:  # for which there is an index of its own
+        known, which = _AGENT, _fitting(values, _OF_TASK)
+    else:
+        known, which = _known(values), "AND action = known.action"
+    more = f"{which} {_fitting(values, _OF_ENDED)}"
+    return text(_REPLAYABLE.format(known=known, state=State(state), more=more)).bindparams(**values)
 
 
-_REPEATED = (
-    tasks.c.task_id,
-    tasks.c.agent,
-    tasks.c.action,
-    tasks.c.params,
-    tasks.c.priority,
-    tasks.c.max_attempts,
-    tasks.c.time_limit_s,
-    tasks.c.labels,
-    tasks.c.concurrency_key,
-    tasks.c.callback_url,
-    tasks.c.host,
-)
+_OF_ENDED = {
+    "code": "error ->> 'code' = :code",
+    "since": "finished_at >= :since",
+    "until": "finished_at < :until",
+    "labels": "labels @> CAST(:labels AS jsonb)",
+}
+
+# The state as text, so that every plan may use the index of what has failed or was cancelled.
+_REPLAYABLE = """
+    SELECT oldest.* FROM ({known}) AS known CROSS JOIN LATERAL (
+        SELECT task_id, agent, action, params, priority, max_attempts, time_limit_s, labels,
+               concurrency_key, callback_url, host, created_at
+        FROM tasks AS t
+        WHERE agent = known.agent AND state = '{state}' {more}
+          AND NOT EXISTS (SELECT 1 FROM tasks AS again WHERE again.retry_of = t.task_id)
+          AND NOT EXISTS (
+              SELECT 1 FROM tasks AS parent
+              WHERE parent.task_id = t.parent_id AND parent.child_id = t.task_id)
+        ORDER BY created_at, task_id LIMIT :limit) AS oldest
+    ORDER BY created_at, task_id LIMIT :limit
+"""
 
 
 # --- ring -----------------------------------------------------------------------------------
@@ -1394,18 +1390,20 @@ def claimable(agent: str, host: str, worker_id: UUID, age_s: float) -> TextClaus
     )
 
 
+# The tasks last: of a queue that is paused there may be many, none of them old enough.
 _CLAIMABLE = text(
     """
-    SELECT EXISTS (
-        SELECT 1 FROM tasks
-        WHERE agent = :agent AND state = 'queued' AND next_ring_at IS NOT NULL
-          AND run_at < now() - make_interval(secs => :age_s)
-          AND (host IS NULL OR host = :host) AND (deadline_at IS NULL OR deadline_at > now())
-    ) AND NOT EXISTS (SELECT 1 FROM queues WHERE queues.agent = :agent AND paused)
+    SELECT NOT EXISTS (SELECT 1 FROM queues WHERE queues.agent = :agent AND paused)
       AND NOT EXISTS (SELECT 1 FROM tasks s
                       WHERE s.worker_id = :worker_id AND s.state = 'running' AND s.alone)
       AND EXISTS (SELECT 1 FROM services WHERE kind = 'relay'
-                  AND heartbeat_at > now() - make_interval(secs => :relay_s)) AS found
+                  AND heartbeat_at > now() - make_interval(secs => :relay_s))
+      AND EXISTS (
+          SELECT 1 FROM tasks
+          WHERE agent = :agent AND state = 'queued' AND next_ring_at IS NOT NULL
+            AND run_at < now() - make_interval(secs => :age_s)
+            AND (host IS NULL OR host = :host) AND (deadline_at IS NULL OR deadline_at > now())
+      ) AS found
     """
 )
 
@@ -1691,79 +1689,125 @@ def tasks_page(
     since: datetime | None = None,
     until: datetime | None = None,
     parent_id: UUID | None = None,
-    before: UUID | None = None,
+    before: tuple[datetime, UUID] | None = None,
 ) -> TextClause:
-    """Return a page of tasks, newest first, older than `before`.
+    """Return a page of tasks, newest first.
 
-    What has ended and what has not is looked for apart, agent by agent, in indexes of their own: so
-    neither is looked for behind the other.
+    before: when the last task of the page before was accepted, and its id. docs/decisions/0015 says
+    which way leads to the tasks, and what it passes over.
     """
-    conditions = {
-        "action = :action": {"action": action} if action else None,
-        "labels @> CAST(:labels AS jsonb)": (
-            {"labels": payload.dumps(dict(labels))} if labels else None
-        ),
-        "created_at >= :since": {"since": since} if since else None,
-        "created_at < :until": {"until": until} if until else None,
-        "parent_id = :parent_id": {"parent_id": parent_id} if parent_id else None,
-        "task_id < :before": {"before": before} if before else None,
-    }
-    wanted = {condition: values for condition, values in conditions.items() if values}
-    more = "".join(f" AND {condition}" for condition in wanted)
-    bound = {name: value for values in wanted.values() for name, value in values.items()}
-    if agent:
-        bound["agent"] = agent
-    if agent or states:
-        parts = [
-            _PART.format(
-                agents=_NAMED if agent else _AGENTS.format(kind=_listed(kind)),
-                states=_listed(chosen),
-                more=more,
-            )
-            for kind in (LIVE, TERMINAL)
-            if (chosen := [state for state in kind if not states or state in states])
-        ]
+    before_at, before_id = before or (None, None)
+    values = _given(
+        limit=limit,
+        agent=agent,
+        action=action,
+        labels=labels,
+        since=since,
+        until=until,
+        parent_id=parent_id,
+        before_at=before_at,
+        before_id=before_id,
+    )
+    within = _fitting(values, _WITHIN)
+    chosen = [state for state in State if not states or state in states]
+    listed = ", ".join(f"'{state}'" for state in chosen)
+    fitting = f"AND state IN ({listed}) {_fitting(values, _OF_TASK)}"
+    if parent_id:
+        found = _CHILDREN.format(within=within, fitting=fitting + _fitting(values, _OF_AGENT))
+    elif labels:
+        values["label"], values["value"] = next(iter(labels.items()))
+        known = _AGENT if agent else _AGENTS.format(known=_known(values))
+        found = _LABELLED.format(known=known, within=within, fitting=fitting)
     else:
-        parts = [_NEWEST.format(more=more)]
-    page = text(_PAGE.format(task=_TASK, parts=" UNION ALL ".join(parts)))
-    return page.bindparams(limit=limit, **bound)
+        of_states = " UNION ALL ".join(
+            _OF_STATE.format(state=state, within=within) for state in chosen
+        )
+        found = _OF_STATES.format(known=_known(values), of_states=of_states)
+    return text(_PAGE.format(task=_TASK, found=found)).bindparams(**values)
 
+
+def _given(labels: Mapping[str, str] | None, **values: Any) -> dict[str, Any]:
+    """Return the values of the conditions that there are."""
+    values["labels"] = payload.dumps(dict(labels)) if labels else None
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _fitting(values: Collection[str], conditions: Mapping[str, str]) -> str:
+    return "".join(f" AND {conditions[name]}" for name in conditions if name in values)
+
+
+_OF_AGENT = {"agent": "agent = :agent"}
+_OF_TASK = {"action": "action = :action", "labels": "labels @> CAST(:labels AS jsonb)"}
+_WITHIN = {
+    "since": "created_at >= :since",
+    "until": "created_at < :until",
+    "before_at": "(created_at, task_id) < (:before_at, :before_id)",
+}
+
+
+def _known(values: Collection[str]) -> str:
+    """Return a query of the agents and actions that there are tasks of."""
+    if "agent" in values and "action" in values:
+        return "SELECT CAST(:agent AS text) AS agent, CAST(:action AS text) AS action"
+    if "agent" in values:
+        return _KNOWN.format(
+            whose="agent = :agent", earlier="agent = :agent AND action < known.action", which="true"
+        )
+    return _KNOWN.format(
+        whose="true",
+        earlier="(agent, action) < (known.agent, known.action)",
+        which="action = :action" if "action" in values else "true",
+    )
+
+
+_AGENT = "SELECT CAST(:agent AS text) AS agent"
+_AGENTS = "SELECT DISTINCT agent FROM ({known}) AS known"
+
+# From one to the next by index, from the last to the first: the oldest entries of an action may be
+# of what is long gone, its newest are not.
+_KNOWN = """
+    WITH RECURSIVE known AS (
+        (SELECT agent, action FROM tasks WHERE {whose} ORDER BY agent DESC, action DESC LIMIT 1)
+        UNION ALL
+        SELECT next.agent, next.action FROM known CROSS JOIN LATERAL (
+            SELECT agent, action FROM tasks WHERE {earlier}
+            ORDER BY agent DESC, action DESC LIMIT 1) AS next
+    )
+    SELECT agent, action FROM known WHERE {which}
+"""
 
 # An array, because with a join the planner may read all of history.
 _PAGE = """
     {task} WHERE task_id = ANY(ARRAY(
-        SELECT task_id FROM ({parts}) AS found ORDER BY task_id DESC LIMIT :limit))
-    ORDER BY task_id DESC
+        SELECT task_id FROM ({found}) AS found
+        ORDER BY created_at DESC, task_id DESC LIMIT :limit))
+    ORDER BY created_at DESC, task_id DESC
 """
 
-_NEWEST = "(SELECT task_id FROM tasks WHERE true {more} ORDER BY task_id DESC LIMIT :limit)"
-
-# Not `agent =`, which would make the order that of the primary key: then the planner reads that,
-# and passes over all that is not looked for. States as text, so that every plan may use the indexes
-# that are made for them.
-_PART = """
-    (SELECT newest.task_id FROM ({agents}) AS known CROSS JOIN LATERAL (
-         SELECT task_id FROM tasks
-         WHERE agent >= known.agent AND agent <= known.agent AND state IN {states} {more}
-         ORDER BY agent DESC, task_id DESC LIMIT :limit) AS newest
-     ORDER BY task_id DESC LIMIT :limit)
+_OF_STATES = """
+    SELECT newest.task_id, newest.created_at FROM ({known}) AS known CROSS JOIN LATERAL (
+        SELECT task_id, created_at FROM ({of_states}) AS of_states
+        ORDER BY created_at DESC, task_id DESC LIMIT :limit) AS newest
 """
 
-_NAMED = "SELECT CAST(:agent AS text) AS agent"
-
-_AGENTS = """
-    WITH RECURSIVE named AS (
-        SELECT min(agent) AS agent FROM tasks WHERE state IN {kind}
-        UNION ALL
-        SELECT (SELECT min(agent) FROM tasks WHERE state IN {kind} AND agent > named.agent)
-        FROM named WHERE named.agent IS NOT NULL
-    )
-    SELECT agent FROM named WHERE agent IS NOT NULL
+# In order, so that no more than a page is read of all of them.
+_OF_STATE = """
+    (SELECT task_id, created_at FROM tasks
+     WHERE agent = known.agent AND action = known.action AND state = '{state}' {within}
+     ORDER BY created_at DESC, task_id DESC LIMIT :limit)
 """
 
+_LABELLED = """
+    SELECT newest.task_id, newest.created_at FROM ({known}) AS known CROSS JOIN LATERAL (
+        SELECT task_id, created_at FROM task_labels AS l
+        WHERE l.agent = known.agent AND l.name = :label AND l.value = :value {within}
+          AND EXISTS (SELECT 1 FROM tasks AS t WHERE t.task_id = l.task_id {fitting})
+        ORDER BY created_at DESC, task_id DESC LIMIT :limit) AS newest
+"""
 
-def _listed(states: Iterable[str]) -> str:
-    return "(" + ", ".join(f"'{State(state)}'" for state in states) + ")"
+_CHILDREN = """
+    SELECT task_id, created_at FROM tasks WHERE parent_id = :parent_id {within} {fitting}
+"""
 
 
 def ended(task_ids: Sequence[UUID]) -> Ready:

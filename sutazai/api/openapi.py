@@ -228,7 +228,7 @@ def _schedules(schemas: dict[str, Schema]) -> dict[str, Schema]:
 
 
 def _list(schemas: dict[str, Schema]) -> Schema:
-    page = _properties(tasks={"type": "array", "items": _ref("Task")}, next_cursor=_nullable(_ID))
+    page = _properties(tasks={"type": "array", "items": _ref("Task")}, next_cursor=_nullable(_TEXT))
     operation = _operation(
         "list_tasks", "List tasks", "Newest first.", _parameters(TasksQuery, schemas)
     )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 from uuid import UUID
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -33,6 +35,29 @@ MAX_PAGE = 200
 _FIELDS = ("action", "params", "options")
 
 
+class Cursor(NamedTuple):
+    """The last task of a page: when it was accepted, and its id."""
+
+    created_at: datetime
+    task_id: UUID
+
+    def __str__(self) -> str:
+        return f"{(self.created_at - _EPOCH) // timedelta(microseconds=1)}.{self.task_id}"
+
+    @classmethod
+    def read(cls, text: str | Cursor) -> Cursor:
+        """Read what `str` has written; raises `ValueError`."""
+        if isinstance(text, Cursor):
+            return text
+        found = re.fullmatch(r"([0-9]{1,17})\.([0-9a-f-]{36})", text)
+        if not found:
+            raise ValueError("It is no next_cursor of a page.")
+        return cls(_EPOCH + timedelta(microseconds=int(found[1])), UUID(found[2]))
+
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
 class TasksQuery(BaseModel):
     """Which tasks to list."""
 
@@ -48,7 +73,9 @@ class TasksQuery(BaseModel):
     parent_id: UUID | None = Field(default=None, description="The children of this task.")
     agent: str | None = Field(default=None, description="Default: this front's; `*`: all.")
     limit: int = Field(default=50, ge=1, le=MAX_PAGE, description="Tasks on a page.")
-    cursor: UUID | None = Field(default=None, description="`next_cursor` of the page before.")
+    cursor: (
+        Annotated[Cursor, PlainValidator(Cursor.read), WithJsonSchema({"type": "string"})] | None
+    ) = Field(default=None, description="`next_cursor` of the page before.")
 
 
 class WaitQuery(BaseModel):
@@ -107,9 +134,14 @@ async def list_tasks(request: Request) -> Response:
     """List tasks, newest first."""
     query = parse_query(TasksQuery, request)
     rows = await _page(query, chosen_agent(front_of(request), query.agent))
-    tasks = [record.task_json(row) for row in rows[: query.limit]]
-    more = len(rows) > query.limit
-    return json_answer({"tasks": tasks, "next_cursor": tasks[-1]["task_id"] if more else None})
+    shown = rows[: query.limit]
+    last = shown[-1] if len(rows) > len(shown) else None
+    return json_answer(
+        {
+            "tasks": [record.task_json(row) for row in shown],
+            "next_cursor": last and str(Cursor(last.created_at, last.task_id)),
+        }
+    )
 
 
 def chosen_agent(front: Front, name: str | None) -> str | None:

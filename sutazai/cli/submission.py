@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from datetime import datetime
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 from uuid import UUID
 
 import orjson
@@ -17,6 +17,9 @@ from sutazai.cli.output import AsJSON, cell, console, errors, print_json, table
 from sutazai.errors import DatabaseUnavailable, InvalidInput, MalformedJSON, TaskNotFound
 from sutazai.settings import settings
 from sutazai.state import State
+
+if TYPE_CHECKING:
+    from sqlalchemy import Row
 
 FAILED = 1
 WAIT_RAN_OUT = 3
@@ -175,7 +178,7 @@ def list_tasks(
     """List tasks, newest first; --since and --until mean when they were accepted."""
     from sutazai import db
     from sutazai.agent import normalise
-    from sutazai.api.tasks import TasksQuery, page_of
+    from sutazai.api.tasks import Cursor, TasksQuery, page_of
     from sutazai.record import task_json
 
     settings().require_services()
@@ -187,8 +190,10 @@ def list_tasks(
         until=until,
         parent_id=_task_id(parent) if parent else None,
         limit=limit,
-        cursor=_task_id(before) if before else None,
     )
+    if before:
+        last = _row(_task_id(before))
+        wanted["cursor"] = Cursor(last.created_at, last.task_id)
     query = payload.parse(TasksQuery, wanted)
     with db.transaction() as connection:
         page = page_of(query, normalise(agent) if agent else None)
@@ -462,16 +467,21 @@ def _line(task: dict[str, Any]) -> str:
 
 
 def _read(task_id: UUID) -> dict[str, Any]:
-    from sutazai import db, statements
     from sutazai.record import task_json
+
+    plain: dict[str, Any] = orjson.loads(orjson.dumps(task_json(_row(task_id)), default=str))
+    return plain
+
+
+def _row(task_id: UUID) -> Row[Any]:
+    from sutazai import db, statements
 
     settings().require_services()
     with db.transaction() as connection:
         row = connection.execute(statements.task(task_id)).first()
     if row is None:
         raise TaskNotFound(f"There is no task {task_id}.")
-    plain: dict[str, Any] = orjson.loads(orjson.dumps(task_json(row), default=str))
-    return plain
+    return row
 
 
 def _task_id(text: str) -> UUID:

@@ -882,6 +882,8 @@ def test_client_repeats_under_one_idempotency_key() -> None:
         "until=9999-12-31T23:59:59-10:00",
         "parent_id=x",
         "cursor=x",
+        "cursor=01a21b07-3ded-78e5-abe0-7f570f2c31aa",
+        "cursor=1.------------------------------------",
         "unknown=1",
     ],
 )

@@ -1,6 +1,5 @@
 """The life of a task, statement by statement, on a real PostgreSQL."""
 
-import re
 import threading
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
@@ -595,44 +594,6 @@ def test_rows_become_due_when_their_time_comes() -> None:
         )
         connection.execute(statements.become_due(10))
     assert _rung(statements.ring_unrung("tester", 10)) == [task_id]
-
-
-@pytest.mark.parametrize(
-    ("agent", "states", "indexes"),
-    [
-        ("tester", [], {"tasks_live", "tasks_past"}),
-        ("tester", ["succeeded"], {"tasks_past"}),
-        ("tester", ["failed"], {"tasks_retryable"}),
-        ("tester", ["queued", "running"], {"tasks_live"}),
-        ("tester", ["waiting", "succeeded"], {"tasks_live", "tasks_past"}),
-        (None, [], {"tasks_pkey"}),
-        (None, ["succeeded"], {"tasks_past"}),
-        (None, ["failed"], {"tasks_past", "tasks_retryable"}),
-    ],
-)
-def test_a_page_is_not_looked_for_behind_what_it_does_not_show(
-    agent: str | None, states: list[str], indexes: set[str]
-) -> None:
-    db.run(text(_HISTORY))
-    db.run(text("ANALYZE tasks"))
-    page = statements.tasks_page(limit=51, agent=agent, states=states)
-    with db.transaction() as connection:
-        explained = connection.execute(text(f"EXPLAIN {page}"), page.compile().params).scalars()
-        plan = "\n".join(explained)
-        found = [row.state for row in connection.execute(page)]
-    read = set(re.findall(r"using (\w+) on tasks tasks_\d", plan))
-    assert read == indexes
-    assert set(found) <= set(states or ["queued", "succeeded", "failed"])
-    assert len(found) == (51 if states != ["failed"] else 50)
-
-
-_HISTORY = """
-    INSERT INTO tasks (task_id, agent, action, state, finished_at)
-    SELECT uuidv7(), 'tester', 'work',
-           CASE WHEN n > 4900 THEN 'queued' WHEN n % 98 = 0 THEN 'failed' ELSE 'succeeded' END,
-           CASE WHEN n <= 4900 THEN now() END
-    FROM generate_series(1, 5000) AS n
-"""
 
 
 def test_old_tasks_are_pruned_with_their_attempts_and_live_families_are_kept() -> None:
