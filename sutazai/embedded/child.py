@@ -27,6 +27,7 @@ _prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 
 def reset(program: Program, parent: int) -> None:
     """Give back the signals that the supervisor changed, and end when the supervisor ends."""
+    signal.set_wakeup_fd(-1)
     for number in signal.valid_signals():
         with suppress(OSError, ValueError):
             signal.signal(number, signal.SIG_DFL)

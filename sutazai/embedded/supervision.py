@@ -32,7 +32,7 @@ from supervisor.options import (
     decode_wait_status,
 )
 from supervisor.process import Subprocess
-from supervisor.states import ProcessStates
+from supervisor.states import ProcessStates, SupervisorStates
 from supervisor.supervisord import Supervisor as Supervisord
 
 from sutazai.embedded import child
@@ -43,8 +43,10 @@ from sutazai.errors import ConfigurationError
 
 LOG_BYTES = 10_000_000
 LOG_FILES = 3
-POLL_S = 0.25
-"""How late supervisord may notice that something is to be done; its own value is a second."""
+POLL_S = 0.1
+"""How late supervisord may notice that a pause is over; at rest it looks each second."""
+
+_AT_REST = (ProcessStates.RUNNING, ProcessStates.STOPPED, ProcessStates.FATAL)
 
 FIRST_PAUSE_S = 0.1
 LONGEST_PAUSE_S = 2.0
@@ -73,6 +75,7 @@ def supervise(home: Path, programs: Sequence[Program], run: Run) -> int:
 
 def _run(options: _Options) -> int:
     supervisor = _Supervisor(options)
+    poll = options.poller.poll = _Poll(supervisor)
     sys.stdout.flush()
     sys.stderr.flush()
     # What exists now stays in pages that children share, as no collection writes to it any more.
@@ -86,6 +89,7 @@ def _run(options: _Options) -> int:
     finally:
         gc.unfreeze()
         gc.enable()
+        poll.close()
         options.close()
     return 1 if supervisor.forced else 0
 
@@ -123,6 +127,54 @@ class _Supervisor(Supervisord):  # type: ignore[misc]
             for group in self.process_groups.values():
                 for process in group.processes.values():
                     process.stop_at_once()
+
+    def is_at_rest(self) -> bool:
+        """Whether nothing happens unless a signal or a client comes."""
+        groups = self.process_groups.values()
+        states = (process.state for group in groups for process in group.processes.values())
+        clients = len(self.options.get_socket_map()) - len(self.options.httpservers)
+        return (
+            self.options.mood == SupervisorStates.RUNNING
+            and not clients
+            and all(state in _AT_REST for state in states)
+        )
+
+
+class _Poll:
+    """Waits as supervisord does, and a shorter time while something goes on or when a signal comes.
+
+    supervisord finds out by its timeout alone that a signal has come.
+    """
+
+    def __init__(self, supervisor: _Supervisor) -> None:
+        self._supervisor = supervisor
+        self._poller = supervisor.options.poller
+        self._wait = self._poller.poll
+        self._signals, self._signalled = os.pipe()
+        os.set_blocking(self._signals, False)
+        os.set_blocking(self._signalled, False)
+        signal.set_wakeup_fd(self._signalled, warn_on_full_buffer=False)
+        self._is_due = True
+
+    def __call__(self, timeout: float) -> tuple[list[int], list[int]]:
+        """Return what can be read and what can be written."""
+        if self._is_due:
+            timeout = 0  # what a signal was about is found in its turn, and seen to in the next one
+        elif not self._supervisor.is_at_rest():
+            timeout = POLL_S
+        self._poller.register_readable(self._signals)
+        readable, writable = self._wait(timeout)
+        self._is_due = self._signals in readable
+        if self._is_due:
+            readable.remove(self._signals)
+            os.read(self._signals, 4096)
+        return readable, writable
+
+    def close(self) -> None:
+        """Leave signals alone again."""
+        signal.set_wakeup_fd(-1)
+        os.close(self._signals)
+        os.close(self._signalled)
 
 
 class _Log(loggers.Logger):  # type: ignore[misc]
@@ -266,8 +318,6 @@ class _Options(ServerOptions):  # type: ignore[misc]
         self.logfile_maxbytes = LOG_BYTES
         self.logfile_backups = LOG_FILES
         self.pidfile = str(layout.pidfile)
-        wait = self.poller.poll
-        self.poller.poll = lambda timeout: wait(min(timeout, POLL_S))
 
     def usage(self, msg: str) -> NoReturn:
         raise ConfigurationError(f"supervisord cannot start: {msg}")

@@ -7,14 +7,19 @@ import os
 import signal
 import socket
 import threading
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from supervisor.poller import PollPoller
 
 from sutazai import embedded
 from sutazai.embedded import Layout, Program, Supervisor, port_holder, supervise
 from sutazai.embedded.account import Account
 from sutazai.embedded.layout import MAX_SOCKET_PATH_BYTES
+from sutazai.embedded.supervision import POLL_S, _Poll
 from sutazai.errors import ConfigurationError, Conflict, Unavailable
 
 
@@ -126,3 +131,58 @@ def test_supervision_refuses_to_fork_beside_threads(tmp_path: Path) -> None:
     finally:
         done.set()
         thread.join()
+
+
+# --- how long the supervisor waits ----------------------------------------------------------
+
+
+class Resting:
+    """A supervisor as `_Poll` sees it, and how long it was let wait."""
+
+    def __init__(self) -> None:
+        self.at_rest = True
+        self.waited: list[float] = []
+        self.options = SimpleNamespace(poller=PollPoller(SimpleNamespace()))
+        wait = self.options.poller.poll
+
+        def note(timeout: float) -> Any:
+            self.waited.append(timeout)
+            return wait(timeout)
+
+        self.options.poller.poll = note
+
+    def is_at_rest(self) -> bool:
+        return self.at_rest
+
+
+@pytest.fixture
+def resting() -> Iterator[tuple[Resting, _Poll]]:
+    supervisor: Any = Resting()
+    poll = _Poll(supervisor)
+    heard = signal.signal(signal.SIGUSR2, lambda *_: None)
+    yield supervisor, poll
+    poll.close()
+    signal.signal(signal.SIGUSR2, heard)
+
+
+def test_a_signal_ends_the_wait_of_a_supervisor_at_rest(resting: tuple[Resting, _Poll]) -> None:
+    supervisor, poll = resting
+    poll(60)
+    threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGUSR2)).start()
+    assert poll(60) == ([], [])
+    os.kill(os.getpid(), signal.SIGUSR2)  # amid the turn that sees to the one before
+    poll(60)
+    poll(60)
+    supervisor.at_rest = False
+    poll(60)
+    assert supervisor.waited == [0, 60, 0, 0, POLL_S]
+
+
+def test_the_supervisor_hears_its_clients_at_rest(resting: tuple[Resting, _Poll]) -> None:
+    supervisor, poll = resting
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        supervisor.options.poller.register_readable(ours.fileno())
+        theirs.send(b"x")
+        poll(60)
+        assert poll(60) == ([ours.fileno()], [])
