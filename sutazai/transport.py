@@ -59,6 +59,13 @@ class _CarefulTransport:
 
     connection_errors: Any
     channel_errors: Any
+    cycle: Any
+
+    def register_with_event_loop(self, connection: Any, loop: Any) -> None:
+        """Read from an event loop, without a timer that wakes it for queues that expire."""
+        kombu: Any = super()
+        kombu.register_with_event_loop(connection, loop)
+        self.cycle._binding_expiry_tref.cancel()  # none of ours do
 
     def _deliver(self, message: Any, queue: str) -> None:
         kombu: Any = super()
