@@ -126,13 +126,13 @@ class Relay:
         """Do one pass; return how many notices were rung."""
         now = time.monotonic()
         self._steady_since = self._steady_since or now
-        with self._transaction() as connection:
+        with self._timed():
             if self._was_away:
                 # A crash of PostgreSQL forgets claims: their notices are gone, their rows queued.
-                connection.execute(statements.ring_again())
-            connection.execute(statements.become_due(CHUNK))
-            connection.execute(statements.wake_keys())
-            agents = connection.execute(statements.busy_agents()).all()
+                db.run(statements.ring_again())
+            db.run(statements.become_due(CHUNK))
+            db.run(statements.wake_keys())
+            agents = db.run(statements.busy_agents())
         self._was_away = False
         if now - self._rescued_at >= RESCUE_EACH_S:
             self._rescued_at = now
@@ -160,12 +160,16 @@ class Relay:
 
     @contextmanager
     def _transaction(self) -> Iterator[Connection]:
-        """Run statements in one transaction, and notice when PostgreSQL does not answer in time."""
+        with self._timed(), db.transaction() as connection:
+            yield connection
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        """Notice when PostgreSQL does not answer in time."""
         began = time.monotonic()
         answered = False
         try:
-            with db.transaction() as connection:
-                yield connection
+            yield
             answered = time.monotonic() - began <= SLOW_S
         finally:
             if not answered:

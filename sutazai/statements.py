@@ -623,21 +623,20 @@ _RING_PUT_OFF = _rung("agent = :agent AND next_ring_at < now() + make_interval(s
 
 
 @cache
-def become_due(limit: int) -> Update:
+def become_due(limit: int) -> TextClause:
     """Let rows whose time has come be rung."""
-    chosen = (
-        select(tasks.c.task_id)
-        .where(_QUEUED, tasks.c.next_ring_at.is_(None), ~tasks.c.held, tasks.c.run_at <= _NOW)
-        .order_by(tasks.c.run_at)
-        .limit(limit)
-        .with_for_update(skip_locked=True)
-        .cte("chosen")
-    )
-    return (
-        update(tasks)
-        .where(tasks.c.task_id.in_(select(chosen.c.task_id)))
-        .values(rings=0, next_ring_at=_NOW)
-    )
+    return _BECOME_DUE.bindparams(limit=limit)
+
+
+_BECOME_DUE = text(
+    """
+    UPDATE tasks SET rings = 0, next_ring_at = now()
+    WHERE task_id IN (
+        SELECT task_id FROM tasks
+        WHERE state = 'queued' AND next_ring_at IS NULL AND NOT held AND run_at <= now()
+        ORDER BY run_at LIMIT :limit FOR UPDATE SKIP LOCKED)
+    """
+)
 
 
 # --- claim, extend --------------------------------------------------------------------------
