@@ -172,7 +172,8 @@ def run(statement: Executable | Ready) -> Sequence[Any]:
             else:
                 # Most likely the server restarted: what else is pooled is broken too.
                 pooled.invalidate()
-                engine(autocommit=True).dispose()
+                for each in [*_engines.values()]:
+                    each.dispose()
     except (SQLAlchemyError, psycopg.Error) as error:
         raise _translate(error) from error
 
@@ -194,7 +195,8 @@ async def async_run(statement: Executable | Ready) -> Sequence[Any]:
                 pooled.close()
             else:
                 await greenlet_spawn(pooled.invalidate)
-                await asynchronous(autocommit=True).dispose()
+                for each in [*_async_engines.values()]:
+                    await each.dispose()
     except (SQLAlchemyError, psycopg.Error) as error:
         raise _translate(error) from error
 

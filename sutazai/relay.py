@@ -130,10 +130,10 @@ class Relay:
             if self._was_away:
                 # A crash of PostgreSQL forgets claims: their notices are gone, their rows queued.
                 db.run(statements.ring_again())
+                self._was_away = False
             db.run(statements.become_due(CHUNK))
             db.run(statements.wake_keys())
             agents = db.run(statements.busy_agents())
-        self._was_away = False
         if now - self._rescued_at >= RESCUE_EACH_S:
             self._rescued_at = now
             self._end_late()

@@ -452,20 +452,19 @@ def replayable(
     values = _given(
         limit=limit, agent=agent, action=action, code=code, since=since, until=until, labels=labels
     )
-    if code:  # for which there is an index of its own
-        known, which = _AGENT, _fitting(values, _OF_TASK)
+    if "code" in values:  # for which there is an index of its own
+        known, which = _GIVEN_AGENT, _fitting(values, action="action = :action")
     else:
-        known, which = _known(values), "AND action = known.action"
-    more = f"{which} {_fitting(values, _OF_ENDED)}"
+        known, which = _known_actions(values), "AND action = known.action"
+    more = which + _fitting(
+        values,
+        code="error ->> 'code' = :code",
+        since="finished_at >= :since",
+        until="finished_at < :until",
+        labels=_HAS_LABELS,
+    )
     return text(_REPLAYABLE.format(known=known, state=State(state), more=more)).bindparams(**values)
 
-
-_OF_ENDED = {
-    "code": "error ->> 'code' = :code",
-    "since": "finished_at >= :since",
-    "until": "finished_at < :until",
-    "labels": "labels @> CAST(:labels AS jsonb)",
-}
 
 # The state as text, so that every plan may use the index of what has failed or was cancelled.
 _REPLAYABLE = """
@@ -631,10 +630,10 @@ def become_due(limit: int) -> TextClause:
 _BECOME_DUE = text(
     """
     UPDATE tasks SET rings = 0, next_ring_at = now()
-    WHERE task_id IN (
+    WHERE task_id = ANY(ARRAY(
         SELECT task_id FROM tasks
         WHERE state = 'queued' AND next_ring_at IS NULL AND NOT held AND run_at <= now()
-        ORDER BY run_at LIMIT :limit FOR UPDATE SKIP LOCKED)
+        ORDER BY run_at LIMIT :limit FOR UPDATE SKIP LOCKED))
     """
 )
 
@@ -1707,64 +1706,65 @@ def tasks_page(
         before_at=before_at,
         before_id=before_id,
     )
-    within = _fitting(values, _WITHIN)
+    within = _fitting(
+        values,
+        since="created_at >= :since",
+        until="created_at < :until",
+        before_at="(created_at, task_id) < (:before_at, :before_id)",
+    )
     chosen = [state for state in State if not states or state in states]
     listed = ", ".join(f"'{state}'" for state in chosen)
-    fitting = f"AND state IN ({listed}) {_fitting(values, _OF_TASK)}"
-    if parent_id:
-        found = _CHILDREN.format(within=within, fitting=fitting + _fitting(values, _OF_AGENT))
+    fitting = _fitting(values, action="action = :action", labels=_HAS_LABELS)
+    fitting += f" AND state IN ({listed})" if states else ""
+    if "parent_id" in values:
+        fitting += _fitting(values, agent="agent = :agent")
+        found = _CHILDREN.format(within=within, fitting=fitting)
     elif labels:
         values["label"], values["value"] = next(iter(labels.items()))
-        known = _AGENT if agent else _AGENTS.format(known=_known(values))
+        is_given = "agent" in values
+        known = _GIVEN_AGENT if is_given else _AGENTS.format(known=_known_actions(values))
         found = _LABELLED.format(known=known, within=within, fitting=fitting)
     else:
-        of_states = " UNION ALL ".join(
-            _OF_STATE.format(state=state, within=within) for state in chosen
-        )
-        found = _OF_STATES.format(known=_known(values), of_states=of_states)
+        each = (_OF_ONE_STATE.format(state=state, within=within) for state in chosen)
+        found = _OF_STATES.format(known=_known_actions(values), of_states=" UNION ALL ".join(each))
     return text(_PAGE.format(task=_TASK, found=found)).bindparams(**values)
 
 
 def _given(labels: Mapping[str, str] | None, **values: Any) -> dict[str, Any]:
     """Return the values of the conditions that there are."""
     values["labels"] = payload.dumps(dict(labels)) if labels else None
-    return {name: value for name, value in values.items() if value is not None}
+    return {name: value for name, value in values.items() if value}
 
 
-def _fitting(values: Collection[str], conditions: Mapping[str, str]) -> str:
-    return "".join(f" AND {conditions[name]}" for name in conditions if name in values)
+def _fitting(values: Collection[str], **conditions: str) -> str:
+    """Return those of the conditions for which there is a value."""
+    return "".join(f" AND {text}" for name, text in conditions.items() if name in values)
 
 
-_OF_AGENT = {"agent": "agent = :agent"}
-_OF_TASK = {"action": "action = :action", "labels": "labels @> CAST(:labels AS jsonb)"}
-_WITHIN = {
-    "since": "created_at >= :since",
-    "until": "created_at < :until",
-    "before_at": "(created_at, task_id) < (:before_at, :before_id)",
-}
+_HAS_LABELS = "labels @> CAST(:labels AS jsonb)"
 
 
-def _known(values: Collection[str]) -> str:
+def _known_actions(values: Collection[str]) -> str:
     """Return a query of the agents and actions that there are tasks of."""
-    if "agent" in values and "action" in values:
-        return "SELECT CAST(:agent AS text) AS agent, CAST(:action AS text) AS action"
-    if "agent" in values:
-        return _KNOWN.format(
+    if "agent" not in values:
+        return _KNOWN_ACTIONS.format(
+            whose="true",
+            earlier="(agent, action) < (known.agent, known.action)",
+            which="action = :action" if "action" in values else "true",
+        )
+    if "action" not in values:
+        return _KNOWN_ACTIONS.format(
             whose="agent = :agent", earlier="agent = :agent AND action < known.action", which="true"
         )
-    return _KNOWN.format(
-        whose="true",
-        earlier="(agent, action) < (known.agent, known.action)",
-        which="action = :action" if "action" in values else "true",
-    )
+    return "SELECT CAST(:agent AS text) AS agent, CAST(:action AS text) AS action"
 
 
-_AGENT = "SELECT CAST(:agent AS text) AS agent"
+_GIVEN_AGENT = "SELECT CAST(:agent AS text) AS agent"
 _AGENTS = "SELECT DISTINCT agent FROM ({known}) AS known"
 
 # From one to the next by index, from the last to the first: the oldest entries of an action may be
 # of what is long gone, its newest are not.
-_KNOWN = """
+_KNOWN_ACTIONS = """
     WITH RECURSIVE known AS (
         (SELECT agent, action FROM tasks WHERE {whose} ORDER BY agent DESC, action DESC LIMIT 1)
         UNION ALL
@@ -1790,7 +1790,7 @@ _OF_STATES = """
 """
 
 # In order, so that no more than a page is read of all of them.
-_OF_STATE = """
+_OF_ONE_STATE = """
     (SELECT task_id, created_at FROM tasks
      WHERE agent = known.agent AND action = known.action AND state = '{state}' {within}
      ORDER BY created_at DESC, task_id DESC LIMIT :limit)
@@ -1805,7 +1805,8 @@ _LABELLED = """
 """
 
 _CHILDREN = """
-    SELECT task_id, created_at FROM tasks WHERE parent_id = :parent_id {within} {fitting}
+    (SELECT task_id, created_at FROM tasks WHERE parent_id = :parent_id {within} {fitting}
+     ORDER BY created_at DESC, task_id DESC LIMIT :limit)
 """
 
 

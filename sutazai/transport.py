@@ -62,10 +62,15 @@ class _CarefulTransport:
     cycle: Any
 
     def register_with_event_loop(self, connection: Any, loop: Any) -> None:
-        """Read from an event loop, without a timer that wakes it for queues that expire."""
+        """Read from an event loop, without the timer that wakes it for queues that expire.
+
+        Only queues for commands do; on Redis nobody reads the table that would be kept for them.
+        """
         kombu: Any = super()
         kombu.register_with_event_loop(connection, loop)
-        self.cycle._binding_expiry_tref.cancel()  # none of ours do
+        timer = getattr(self.cycle, "_binding_expiry_tref", None)
+        if timer is not None:
+            timer.cancel()
 
     def _deliver(self, message: Any, queue: str) -> None:
         kombu: Any = super()

@@ -11,17 +11,19 @@ branch_labels = None
 depends_on = None
 
 _RETRYABLE = "state IN ('failed', 'cancelled')"
+_HAS_PARENT = "parent_id IS NOT NULL"
 
 
 def upgrade() -> None:
     build_index("tasks_listed", ["agent", "action", "state", "created_at", "task_id"])
     build_index(
-        "tasks_retryable",
+        "tasks_error_code",
         ["agent", "state", sa.text("(error ->> 'code')"), "created_at", "task_id"],
-        _RETRYABLE,
+        f"{_RETRYABLE} AND (error ->> 'code') IS NOT NULL",
     )
-    drop_index("tasks_past")
-    drop_index("tasks_live")
+    build_index("tasks_children", ["parent_id", "created_at", "task_id"], _HAS_PARENT)
+    for name in ("tasks_past", "tasks_live", "tasks_retryable", "tasks_parent"):
+        drop_index(name)
     # Each step may find itself done: an interruption undoes none of those before it.
     with op.get_context().autocommit_block():
         op.create_table(
@@ -33,16 +35,17 @@ def upgrade() -> None:
             sa.Column("task_id", sa.Uuid, primary_key=True),
             if_not_exists=True,
         )
-        for statement in (_ADD, _REMOVE, _ON_INSERT, _ON_DELETE):
+        for statement in (_ADD, _REMOVE, _ON_INSERT, _ON_DELETE, _FILL, _CLEAR):
             op.execute(statement)
-    op.execute(_FILL)
 
 
 def downgrade() -> None:
     build_index("tasks_live", ["agent", "task_id"], "state IN ('queued', 'running', 'waiting')")
     build_index("tasks_past", ["agent", "task_id"], "state IN ('succeeded', 'failed', 'cancelled')")
     build_index("tasks_retryable", ["agent", "state", "task_id"], _RETRYABLE)
-    drop_index("tasks_listed")
+    build_index("tasks_parent", ["parent_id"], _HAS_PARENT)
+    for name in ("tasks_listed", "tasks_error_code", "tasks_children"):
+        drop_index(name)
     for trigger in ("add_labels", "remove_labels"):
         op.execute(f"DROP TRIGGER {trigger} ON tasks")
         op.execute(f"DROP FUNCTION {trigger}()")
@@ -79,14 +82,17 @@ _ON_DELETE = """
     FOR EACH ROW WHEN (OLD.labels <> '{}') EXECUTE FUNCTION remove_labels()
 """
 
-# Those of before the trigger. Locked, so that none is deleted between its reading and its label's
-# writing; the lock lets their other changes pass.
+# Those of before the trigger.
 _FILL = """
-    WITH labelled AS (
-        SELECT agent, labels, created_at, task_id FROM tasks WHERE labels <> '{}' FOR KEY SHARE
-    )
     INSERT INTO task_labels (agent, name, value, created_at, task_id)
     SELECT agent, label.key, label.value, created_at, task_id
-    FROM labelled CROSS JOIN jsonb_each_text(labels) AS label
+    FROM tasks CROSS JOIN jsonb_each_text(labels) AS label
+    WHERE labels <> '{}'
     ON CONFLICT DO NOTHING
+"""
+
+# Of tasks that were deleted meanwhile. To lock them instead would keep them from being claimed.
+_CLEAR = """
+    DELETE FROM task_labels AS l
+    WHERE NOT EXISTS (SELECT 1 FROM tasks AS t WHERE t.task_id = l.task_id)
 """

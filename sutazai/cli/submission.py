@@ -172,7 +172,9 @@ def list_tasks(
     until: Until = None,
     parent: Annotated[str | None, typer.Option(help="Only the children of this task.")] = None,
     limit: Annotated[int, typer.Option(min=1, max=200)] = 20,
-    before: Annotated[str | None, typer.Option(help="Only older than this task.")] = None,
+    before: Annotated[
+        str | None, typer.Option(help="Only older than this task, which must be there.")
+    ] = None,
     as_json: AsJSON = False,
 ) -> None:
     """List tasks, newest first; --since and --until mean when they were accepted."""

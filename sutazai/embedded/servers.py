@@ -82,7 +82,8 @@ daemonize no
 set-proc-title no
 always-show-logo no
 tcp-keepalive 60
-# So often a second it looks after itself; the default of 10 is half of what it costs at rest.
+# So often a second it looks after itself, and whether it is to stop. The default of 10 is half of
+# what it costs at rest.
 hz 2
 """
 

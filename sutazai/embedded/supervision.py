@@ -46,7 +46,7 @@ LOG_FILES = 3
 POLL_S = 0.1
 """How late supervisord may notice that a pause is over; at rest it looks each second."""
 
-_AT_REST = (ProcessStates.RUNNING, ProcessStates.STOPPED, ProcessStates.FATAL)
+_AT_REST = (ProcessStates.RUNNING, ProcessStates.STOPPED)
 
 FIRST_PAUSE_S = 0.1
 LONGEST_PAUSE_S = 2.0
@@ -131,12 +131,13 @@ class _Supervisor(Supervisord):  # type: ignore[misc]
     def is_at_rest(self) -> bool:
         """Whether nothing happens unless a signal or a client comes."""
         groups = self.process_groups.values()
-        states = (process.state for group in groups for process in group.processes.values())
         clients = len(self.options.get_socket_map()) - len(self.options.httpservers)
         return (
             self.options.mood == SupervisorStates.RUNNING
             and not clients
-            and all(state in _AT_REST for state in states)
+            and all(
+                process.is_at_rest() for group in groups for process in group.processes.values()
+            )
         )
 
 
@@ -154,6 +155,7 @@ class _Poll:
         os.set_blocking(self._signals, False)
         os.set_blocking(self._signalled, False)
         signal.set_wakeup_fd(self._signalled, warn_on_full_buffer=False)
+        self._poller.register_readable(self._signals)
         self._is_due = True
 
     def __call__(self, timeout: float) -> tuple[list[int], list[int]]:
@@ -162,7 +164,6 @@ class _Poll:
             timeout = 0  # what a signal was about is found in its turn, and seen to in the next one
         elif not self._supervisor.is_at_rest():
             timeout = POLL_S
-        self._poller.register_readable(self._signals)
         readable, writable = self._wait(timeout)
         self._is_due = self._signals in readable
         if self._is_due:
@@ -232,6 +233,11 @@ class _Process(Subprocess):  # type: ignore[misc]
     def program(self) -> Program:
         program: Program = self.config.program
         return program
+
+    def is_at_rest(self) -> bool:
+        """Whether nothing is to be done for it unless a signal or a client comes."""
+        once = ProcessStates.EXITED if not self.config.autorestart else None
+        return self.state in (*_AT_REST, once)
 
     def get_execv_args(self) -> tuple[str, list[str]]:
         """Return file and arguments as they are, without supervisord's parsing of a line."""

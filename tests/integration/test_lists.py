@@ -71,6 +71,20 @@ def history() -> list[dict[str, Any]]:
     return rows
 
 
+def tried_again(rows: list[dict[str, Any]]) -> set[UUID]:
+    """Try some of what has ended again, and let a parent delegate; return what that was."""
+    ended = [row for row in rows if row["state"] in ("failed", "cancelled")]
+    once, delegated = ended[::5], ended[1::5]
+    for row in once:
+        retry = {"task_id": new_id(), "retry_of": row["task_id"], "state": "queued"}
+        rows.append({**row, **retry, "finished_at": None, "error": None})
+    for row in delegated:
+        row["parent_id"] = new_id()
+        parent = {"task_id": row["parent_id"], "child_id": row["task_id"], "state": "succeeded"}
+        rows.append({**row, **parent, "parent_id": None, "error": None})
+    return {row["task_id"] for row in [*once, *delegated]}
+
+
 def age(row: dict[str, Any]) -> tuple[datetime, UUID]:
     return row["created_at"], row["task_id"]
 
@@ -130,8 +144,13 @@ def test_what_is_tried_again_is_all_that_fits_and_the_oldest_first(
     action: str | None, code: str | None, state: str
 ) -> None:
     rows = history()
+    left_out = tried_again(rows)
     insert(rows)
-    ended = [row for row in rows if row["agent"] == "left" and row["state"] == state]
+    ended = [
+        row
+        for row in rows
+        if row["agent"] == "left" and row["state"] == state and row["task_id"] not in left_out
+    ]
     for labels in ({}, {"a": "x"}):
         for since, until in ((None, None), (at(20), at(40))):
             fitting = [
@@ -160,13 +179,16 @@ def test_what_is_tried_again_is_all_that_fits_and_the_oldest_first(
 # --- what they cost -------------------------------------------------------------------------
 
 LONG = 20_000
+PARENT = UUID(int=1)
 RARE = 60
 """As many tasks have each of what is looked for, all of them old but the waiting ones."""
 
 LONG_HISTORY = f"""
-    INSERT INTO tasks (task_id, agent, action, state, labels, created_at, finished_at, error)
+    INSERT INTO tasks (task_id, agent, action, state, labels, created_at, finished_at, parent_id,
+                       error)
     SELECT uuidv7(), agent, action, state, labels, at,
            CASE WHEN state IN ('succeeded', 'failed') THEN at END,
+           CASE WHEN n % 5 = 0 THEN CAST('{PARENT}' AS uuid) END,
            CASE WHEN state = 'failed' THEN jsonb_build_object('code', CASE n % 2
                WHEN 0 THEN 'rare' ELSE 'usual' END) END
     FROM (
@@ -229,7 +251,8 @@ def _entries(node: dict[str, Any]) -> int:
         {"labels": {"a": "never"}},
         {"since": at(24), "until": at(48)},
         {"before": (at(24), UUID(int=0))},
-        {"parent_id": UUID(int=1)},
+        {"parent_id": PARENT},
+        {"parent_id": UUID(int=0)},
     ],
     ids=str,
 )
@@ -249,6 +272,16 @@ def test_what_is_tried_again_is_not_looked_for_among_all_that_ended(which: dict[
     assert entries(statements.replayable(agent="tester", state="failed", limit=50, **which)) < 600
 
 
+@pytest.mark.usefixtures("long_history")
+def test_what_has_failed_since_the_last_statistics_is_not_all_read() -> None:
+    db.run(text("DELETE FROM tasks WHERE state = 'failed'"))
+    db.run(text("ANALYZE tasks"))
+    failed = "state = 'failed', error = jsonb_build_object('code', 'usual')"
+    db.run(text(f"UPDATE tasks SET {failed} WHERE state = 'succeeded' AND action = 'often'"))
+    assert entries(statements.tasks_page(limit=51, agent="tester", states=["failed"])) < 600
+    assert entries(statements.replayable(agent="tester", state="failed", limit=50)) < 600
+
+
 # --- labels ---------------------------------------------------------------------------------
 
 
@@ -265,7 +298,7 @@ def old_and_labelled(task_id: UUID) -> dict[str, Any]:
         "state": "succeeded",
         "labels": {"a": "x", "b": "y"},
         "created_at": at(0),
-        "finished_at": at(1),
+        "finished_at": datetime.now(UTC) - 2 * RETENTION,
     }
 
 

@@ -211,6 +211,23 @@ def test_what_was_rung_before_an_outage_is_rung_again_after_it() -> None:
     assert [notice.task_id for notice in bell.notices] == [task_id]
 
 
+def test_one_broken_connection_renews_those_of_every_pool() -> None:
+    with db.transaction() as connection:
+        connection.execute(text("SELECT 1"))
+    db.run(text("SELECT 1"))
+    with db.migrator().connect() as other:
+        other.execute(
+            text(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                "WHERE usename = current_user AND pid <> pg_backend_pid()"
+            )
+        )
+    with pytest.raises(DatabaseUnavailable):
+        db.run(text("SELECT 1"))
+    with db.transaction() as connection:
+        assert connection.execute(text("SELECT 1")).scalar_one() == 1
+
+
 def _until(condition: Callable[[], Any]) -> None:
     until = time.monotonic() + 10
     while not condition():

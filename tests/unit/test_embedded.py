@@ -14,12 +14,13 @@ from typing import Any
 
 import pytest
 from supervisor.poller import PollPoller
+from supervisor.states import ProcessStates, SupervisorStates
 
 from sutazai import embedded
 from sutazai.embedded import Layout, Program, Supervisor, port_holder, supervise
 from sutazai.embedded.account import Account
 from sutazai.embedded.layout import MAX_SOCKET_PATH_BYTES
-from sutazai.embedded.supervision import POLL_S, _Poll
+from sutazai.embedded.supervision import POLL_S, _Poll, _Process, _Supervisor
 from sutazai.errors import ConfigurationError, Conflict, Unavailable
 
 
@@ -163,6 +164,37 @@ def resting() -> Iterator[tuple[Resting, _Poll]]:
     yield supervisor, poll
     poll.close()
     signal.signal(signal.SIGUSR2, heard)
+
+
+@pytest.mark.parametrize(
+    ("state", "autorestart", "rests"),
+    [
+        (ProcessStates.RUNNING, True, True),
+        (ProcessStates.STOPPED, True, True),
+        (ProcessStates.STARTING, True, False),
+        (ProcessStates.STOPPING, True, False),
+        (ProcessStates.BACKOFF, True, False),
+        (ProcessStates.EXITED, True, False),
+        (ProcessStates.EXITED, False, True),
+    ],
+)
+def test_a_supervisor_rests_while_nothing_is_to_be_done(
+    state: int, autorestart: bool, rests: bool
+) -> None:
+    options: Any = SimpleNamespace(
+        mood=SupervisorStates.RUNNING, httpservers=["server"], get_socket_map=lambda: {3: "server"}
+    )
+    config = SimpleNamespace(autorestart=autorestart, options=options, name="x")
+    running, other = _Process(config), _Process(config)
+    running.state, other.state = ProcessStates.RUNNING, state
+    supervisor = _Supervisor(options)
+    supervisor.process_groups = {"all": SimpleNamespace(processes={"a": running, "b": other})}
+    assert supervisor.is_at_rest() is rests
+    options.get_socket_map = lambda: {3: "server", 4: "client"}
+    assert not supervisor.is_at_rest()
+    options.get_socket_map = dict
+    options.mood = SupervisorStates.SHUTDOWN
+    assert not supervisor.is_at_rest()
 
 
 def test_a_signal_ends_the_wait_of_a_supervisor_at_rest(resting: tuple[Resting, _Poll]) -> None:
