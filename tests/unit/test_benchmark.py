@@ -1,11 +1,14 @@
 """What `make bench` concludes from figures, and what its load generator counts."""
 
+import inspect
 import socket
 import threading
 from collections.abc import Iterator
+from datetime import UTC, datetime
 
 import pytest
 
+from benchmarks.explain import Sample, wanted
 from benchmarks.load import fire, request
 from benchmarks.measurement import (
     Chart,
@@ -25,6 +28,33 @@ from benchmarks.measurement import (
     registered,
 )
 from benchmarks.report import Place, report
+from sutazai import statements
+from sutazai.bell import TOGETHER_MAX
+from sutazai.models import new_id
+
+SMALL = """
+    add_schedule advance_schedule all_schedules allow change_schedule declare_schedule discharge
+    discharge_silent due_schedules enlist forget_schedules live_hosts live_workers lock_key
+    lock_key_of lock_replay next_tick now predecessors prepare_prune prune_services prune_workers
+    remove_schedule retire schedule server set_queue start_of_key take_schedule
+"""
+"""Statements on no table, or on one with a row a worker, a queue, a schedule or a key in use."""
+
+
+def test_every_statement_on_a_table_that_grows_is_explained() -> None:
+    some = [new_id() for _ in range(TOGETHER_MAX)]
+    now = datetime.now(UTC)
+    found = wanted(Sample(some, [(each, each) for each in some], some[0], now))
+    explained = {name.split(" ")[0] for name in found}
+    declared = {
+        name
+        for name, made in inspect.getmembers(statements, callable)
+        if not isinstance(made, type)
+        and getattr(made, "__module__", None) == statements.__name__
+        and not name.startswith("_")
+    }
+    assert explained == declared - set(SMALL.split())
+    assert declared >= set(SMALL.split())
 
 
 def test_a_bar_is_held_against_the_median_and_its_baseline() -> None:
