@@ -172,8 +172,7 @@ def run(statement: Executable | Ready) -> Sequence[Any]:
             else:
                 # Most likely the server restarted: what else is pooled is broken too.
                 pooled.invalidate()
-                for each in [*_engines.values()]:
-                    each.dispose()
+                engine(autocommit=True).dispose()
     except (SQLAlchemyError, psycopg.Error) as error:
         raise _translate(error) from error
 
@@ -195,8 +194,7 @@ async def async_run(statement: Executable | Ready) -> Sequence[Any]:
                 pooled.close()
             else:
                 await greenlet_spawn(pooled.invalidate)
-                for each in [*_async_engines.values()]:
-                    await each.dispose()
+                await asynchronous(autocommit=True).dispose()
     except (SQLAlchemyError, psycopg.Error) as error:
         raise _translate(error) from error
 

@@ -126,14 +126,16 @@ class Relay:
         """Do one pass; return how many notices were rung."""
         now = time.monotonic()
         self._steady_since = self._steady_since or now
-        with self._timed():
+        # On connections that nobody else uses: the courier may be the first to find that PostgreSQL
+        # was away, and then renews those that it shares.
+        with self._transaction() as connection:
             if self._was_away:
                 # A crash of PostgreSQL forgets claims: their notices are gone, their rows queued.
-                db.run(statements.ring_again())
-                self._was_away = False
-            db.run(statements.become_due(CHUNK))
-            db.run(statements.wake_keys())
-            agents = db.run(statements.busy_agents())
+                connection.execute(statements.ring_again())
+            connection.execute(statements.become_due(CHUNK))
+            connection.execute(statements.wake_keys())
+            agents = connection.execute(statements.busy_agents()).all()
+        self._was_away = False
         if now - self._rescued_at >= RESCUE_EACH_S:
             self._rescued_at = now
             self._end_late()
@@ -160,16 +162,12 @@ class Relay:
 
     @contextmanager
     def _transaction(self) -> Iterator[Connection]:
-        with self._timed(), db.transaction() as connection:
-            yield connection
-
-    @contextmanager
-    def _timed(self) -> Iterator[None]:
-        """Notice when PostgreSQL does not answer in time."""
+        """Run statements in one transaction, and notice when PostgreSQL does not answer in time."""
         began = time.monotonic()
         answered = False
         try:
-            yield
+            with db.transaction() as connection:
+                yield connection
             answered = time.monotonic() - began <= SLOW_S
         finally:
             if not answered:
