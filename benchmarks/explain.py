@@ -1,4 +1,4 @@
-"""Shows how PostgreSQL carries out what runs often, on a large table; writes docs/statements.md."""
+"""Shows how PostgreSQL carries out each statement on a large table; writes docs/statements.md."""
 
 from __future__ import annotations
 

@@ -1738,7 +1738,7 @@ def _given(labels: Mapping[str, str] | None, **values: Any) -> dict[str, Any]:
 
 def _fitting(values: Collection[str], **conditions: str) -> str:
     """Return those of the conditions for which there is a value."""
-    return "".join(f" AND {text}" for name, text in conditions.items() if name in values)
+    return "".join(f" AND {each}" for name, each in conditions.items() if name in values)
 
 
 _HAS_LABELS = "labels @> CAST(:labels AS jsonb)"

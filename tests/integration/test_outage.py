@@ -21,6 +21,11 @@ from sutazai.submission import Options, Submission
 
 pytestmark = pytest.mark.usefixtures("database")
 
+END_OTHERS = text(
+    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+    "WHERE usename = current_user AND pid <> pg_backend_pid()"
+)
+
 agent = Agent("tester", port=9999, doc="Tests.")
 
 
@@ -199,12 +204,7 @@ def test_what_was_rung_before_an_outage_is_rung_again_after_it() -> None:
     passes.start()
     try:
         assert not bell.notices, "its notice is out, for 15 s"
-        db.run(
-            text(
-                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
-                "WHERE usename = current_user AND pid <> pg_backend_pid()"
-            )
-        )
+        db.run(END_OTHERS)
         _until(lambda: bell.notices)
     finally:
         relay.stop()
@@ -217,12 +217,7 @@ def test_a_relay_notices_an_outage_that_its_courier_has_noticed_before() -> None
     relay.round()
     db.run(text("SELECT 1"))
     with db.migrator().connect() as other:
-        other.execute(
-            text(
-                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
-                "WHERE usename = current_user AND pid <> pg_backend_pid()"
-            )
-        )
+        other.execute(END_OTHERS)
     with pytest.raises(DatabaseUnavailable):
         db.run(text("SELECT 1"))  # as the courier does, in the same process
     with pytest.raises(DatabaseUnavailable):
